@@ -1,0 +1,1 @@
+"""What runs once, before the ranks; imports no torch at start-up."""

@@ -1,0 +1,53 @@
+"""`signscale`: one command, a sub-command each. Answers `--help` without importing torch."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from trainer.errors import EXIT_INPUT_ERROR, InputError, exit_on_input_error
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("trainer.train", "train a model by a recipe, on this process alone"),
+    "evaluate": ("trainer.evaluate", "evaluate a run or a checkpoint on a split"),
+    "synth": ("launch.synth", "write a synthetic corpus"),
+    "score": ("launch.score", "score a hypothesis file against a reference file"),
+}
+
+_USAGE = """usage: signscale COMMAND [options]
+
+Train continuous sign-language recognition: a sentence of signs in, a sequence of glosses out.
+
+commands:
+{commands}
+
+`signscale COMMAND --help` lists the options of a command. On several ranks, train and evaluate run through
+  accelerate launch --config_file accelerate_configs/multi_gpu.yaml -m trainer.train [options]
+"""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one sub-command and return its exit code."""
+    if not argv or argv[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        lines = (f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+        print(_USAGE.format(commands="\n".join(lines)), end="")
+        return 0 if argv else EXIT_INPUT_ERROR
+    if argv[0] == "train" and {"-h", "--help", "--print_config"} & set(argv[1:]):
+        # A question about the recipe need not wait for torch.
+        from trainer.parsing import parse_recipe
+
+        parse_recipe(argv[1:])
+    if argv[0] not in COMMANDS:
+        raise InputError(f"unknown command {argv[0]!r}; expected one of {', '.join(COMMANDS)}")
+    return int(importlib.import_module(COMMANDS[argv[0]][0]).main(list(argv[1:])) or 0)
+
+
+def main() -> None:
+    """Enter from the console script."""
+    exit_on_input_error(lambda: run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The checkpoints of a run: publishing, finding, pruning."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from trainer.checkpoint.content import Checkpoint
+from trainer.checkpoint.manifest import MANIFEST, find_damage, write_manifest
+from trainer.errors import InputError
+from trainer.files import sync_folder, write_json
+
+_NAME = re.compile(r"step-(\d{9})")
+
+
+class CheckpointStore:
+    """The folder `checkpoints/` of a run; only rank 0 writes to it."""
+
+    def __init__(self, run_dir: Path, *, keep: int) -> None:
+        self.folder = run_dir / "checkpoints"
+        self.keep = keep
+
+    def publish(self, checkpoint: Checkpoint, *, is_best: bool) -> Path:
+        """Write a checkpoint aside, checksum it, rename it into place, point to it, and only then prune.
+
+        A crash at any point leaves the previous checkpoints and their pointers whole.
+        """
+        final = self.folder / f"step-{checkpoint.state.step:09d}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / f".{final.name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        checkpoint.write(temporary)
+        write_manifest(temporary)
+        if final.exists():
+            # Only a damaged checkpoint, or one of a longer attempt that was given up, can stand in the way.
+            shutil.rmtree(final)
+        temporary.replace(final)
+        sync_folder(self.folder)
+        write_json(self.folder / "last.json", {"checkpoint": final.name})
+        if is_best:
+            write_json(self.folder / "best.json", {"checkpoint": final.name, "value": checkpoint.state.best})
+        self._prune()
+        return final
+
+    def steps(self) -> list[int]:
+        """List the steps of all published checkpoints, newest first."""
+        if not self.folder.is_dir():
+            return []
+        matches = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted((int(match[1]) for match in matches if match), reverse=True)
+
+    def newest_sound(self, log: Callable[[str], None]) -> Path | None:
+        """Return the newest checkpoint whose every byte is right; say which ones are passed over, and why."""
+        for step in self.steps():
+            path = self.folder / f"step-{step:09d}"
+            damage = find_damage(path)
+            if damage is None:
+                return path
+            log(f"warning: {damage}; passing over this checkpoint to the one before")
+        return None
+
+    def discard_after(self, step: int, log: Callable[[str], None]) -> None:
+        """Remove checkpoints newer than `step` (damaged ones, once a run has gone back behind them) and leftovers."""
+        if not self.folder.is_dir():
+            return
+        for newer in (s for s in self.steps() if s > step):
+            log(f"removing checkpoint step {newer}: the run goes on from step {step}")
+            shutil.rmtree(self.folder / f"step-{newer:09d}")
+        for leftover in self.folder.glob(".step-*.tmp"):
+            log(f"removing {leftover.name}: an attempt ended while writing it")
+            shutil.rmtree(leftover)
+
+    def _prune(self) -> None:
+        pointers = (self.folder / name for name in ("best.json", "last.json"))
+        named = {json.loads(path.read_text())["checkpoint"] for path in pointers if path.exists()}
+        for step in self.steps()[self.keep :]:
+            if f"step-{step:09d}" not in named:
+                shutil.rmtree(self.folder / f"step-{step:09d}")
+
+
+def find_checkpoint(path: Path, *, prefer: str = "best") -> Path:
+    """Return the checkpoint folder that a user means.
+
+    `path` is a checkpoint, a run (its best checkpoint, else its last), or RUN/checkpoints/best or /last. Raises `InputError`
+    if there is none.
+    """
+    if (path / MANIFEST).is_file():
+        return path
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    candidates = [folder / f"{name}.json" for name in dict.fromkeys((prefer, "last"))]
+    if path.name in ("best", "last"):
+        candidates = [path.with_name(f"{path.name}.json")]
+    for pointer in candidates:
+        if pointer.is_file():
+            try:
+                name = json.loads(pointer.read_text(encoding="utf-8"))["checkpoint"]
+            except (ValueError, KeyError, TypeError):
+                raise InputError(f"{pointer}: is damaged; name a checkpoint folder step-… instead") from None
+            return pointer.parent / str(name)
+    raise InputError(
+        f"{path}: expected a run directory or a checkpoint, found none; a run keeps its checkpoints in "
+        "RUN/checkpoints/step-…"
+    )

@@ -1,0 +1,113 @@
+"""The plan: which clips make up each optimizer step. It has never heard of ranks.
+
+A pure function of (clips, recipe, seed, epoch). A cursor into it is the epoch and the number of its clips already
+used, so that a run goes on with exactly the clips not yet seen even where the global batch has another size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.data.augment import NO_AUGMENTATION, Augmentation, ClipLengths, augmented_lengths
+from trainer.data.randomness import UInt64s, generator, mix
+
+Indices = npt.NDArray[np.int64]
+
+_ORDER, _AUGMENT, _MIXUP, _DROPOUT = 11, 12, 13, 14
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlobalBatch:
+    """The clips of one optimizer step, `[n]` each.
+
+    `clips` index the training clips; `partners` and `shares` describe temporal mixup: clip i enters with weight
+    `shares[i]`, its partner with the rest (a clip that is not mixed is its own partner with share 1).
+    `num_frames` are the frames after augmentation.
+    """
+
+    epoch: int
+    position: int
+    clips: Indices
+    partners: Indices
+    shares: npt.NDArray[np.float64]
+    num_frames: Indices
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All global batches of a run over `N` training clips.
+
+    `num_frames`, `min_outputs` (glosses plus adjacent repeats), `keys`: `[N]`.
+    """
+
+    num_frames: Indices
+    min_outputs: Indices
+    keys: UInt64s
+    total_stride: int
+    seed: int
+    augmentation: Augmentation = NO_AUGMENTATION
+    mixup_alpha: float = 0.0
+
+    @property
+    def num_clips(self) -> int:
+        """Count the clips of an epoch."""
+        return len(self.num_frames)
+
+    def order(self, epoch: int) -> Indices:
+        """Draw the order of all clips in an epoch, uniformly."""
+        return generator(self.seed, _ORDER, epoch).permutation(self.num_clips)
+
+    def lengths(self, epoch: int) -> ClipLengths:
+        """Decide the frames of every clip in an epoch."""
+        # ceil(T / stride) >= outputs holds from the first frame of the last needed stride on.
+        min_frames = (self.min_outputs - 1) * self.total_stride + 1
+        return augmented_lengths(
+            self.num_frames,
+            np.minimum(min_frames, self.num_frames),
+            self.augment_keys(epoch),
+            self.augmentation,
+        )
+
+    def augment_keys(self, epoch: int) -> UInt64s:
+        """Derive the key of each clip's augmentation in an epoch."""
+        return mix(self.keys, _AUGMENT, self.seed, epoch)
+
+    def dropout_keys(self, epoch: int) -> UInt64s:
+        """Derive the key of each clip's dropout in an epoch."""
+        return mix(self.keys, _DROPOUT, self.seed, epoch)
+
+    def batches(self, epoch: int, size: int, position: int = 0) -> Iterator[GlobalBatch]:
+        """Yield the global batches of an epoch from the clip at `position` on; the last one may be smaller."""
+        order, frames = self.order(epoch), self.lengths(epoch).kept
+        for start in range(position, self.num_clips, size):
+            clips = order[start : start + size]
+            partners, shares = self._mixup(epoch, start, clips, frames)
+            yield GlobalBatch(
+                epoch=epoch,
+                position=start,
+                clips=clips,
+                partners=partners,
+                shares=shares,
+                num_frames=frames[clips],
+            )
+
+    def _mixup(
+        self, epoch: int, start: int, clips: Indices, frames: Indices
+    ) -> tuple[Indices, npt.NDArray[np.float64]]:
+        if not self.mixup_alpha:
+            return clips, np.ones(len(clips))
+        draws = generator(self.seed, _MIXUP, epoch, start)
+        partners = clips[draws.permutation(len(clips))]
+        shares = draws.beta(self.mixup_alpha, self.mixup_alpha, len(clips))
+        # The clip that gives the length also gives the larger part of the content.
+        shares = np.maximum(shares, 1.0 - shares)
+        outputs = -(-frames[clips] // self.total_stride)
+        alone = (partners == clips) | (self.min_outputs[partners] > outputs)
+        return np.where(alone, clips, partners), np.where(alone, 1.0, shares)

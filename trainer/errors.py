@@ -1,0 +1,71 @@
+"""The two kinds of failure this project tells apart: the user's mistake and ours."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
+
+EXIT_INPUT_ERROR = 2
+"""Exit code of a user's mistake; 1 stays the code of a failure of ours."""
+
+
+class InputError(Exception):
+    """Report what is wrong with the user's input, in full, and how to mend it.
+
+    Every message names the file, line or key, what was expected, and the mend. Several problems found
+    in one pass travel in one error, so that the user mends them in one go.
+    """
+
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        if not self.problems:
+            raise ValueError("an InputError needs at least one problem")
+        super().__init__("\n".join(self.problems))
+        self.local = False
+        """Whether one rank alone knows of it."""
+
+    def __reduce__(self) -> tuple[type[InputError], tuple[tuple[str, ...]]]:
+        # Exceptions travel between ranks and worker processes; the default rebuild would join the problems.
+        return (type(self), (self.problems,))
+
+
+class TrainingFailedError(Exception):
+    """End a run that cannot go on although its input was right; exit code 1, message without a traceback."""
+
+
+def format_problems(problems: Sequence[str]) -> str:
+    """Lay problems out for a terminal: one line alone, several as a counted list."""
+    if len(problems) == 1:
+        return f"error: {problems[0]}"
+    return "\n".join([f"error: {len(problems)} problems", *(f"  - {problem}" for problem in problems)])
+
+
+def name_some(names: Sequence[str], limit: int = 10) -> str:
+    """Name the first `limit` of many things and count the rest, so that no message runs to pages."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more ({len(names)} in all)"
+
+
+def exit_on_input_error(main: Callable[[], int | None]) -> NoReturn:
+    """Run `main` and leave with its exit code; an `InputError` becomes one message and exit code 2.
+
+    All ranks meet the same error, because what one of them finds is shared before it is raised: rank 0 speaks for all.
+    An error marked `local` is known to one rank alone, which therefore speaks.
+    """
+    try:
+        code = main() or 0
+    except InputError as error:
+        if _rank() == 0 or error.local:
+            print(format_problems(error.problems), file=sys.stderr, flush=True)
+        code = EXIT_INPUT_ERROR
+    except TrainingFailedError as error:
+        if _rank() == 0:
+            print(f"failed: {error}", file=sys.stderr, flush=True)
+        code = 1
+    sys.exit(code)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))

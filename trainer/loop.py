@@ -1,0 +1,273 @@
+"""The loop: the run as a sequence of steps, validations and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint.content import Checkpoint, RunState
+from trainer.checkpoint.store import CheckpointStore
+from trainer.data.allotment import slot_frames
+from trainer.data.loader import EvaluationLoader, MicroBatch, StepShare, TrainingLoader
+from trainer.data.prepare import TrainingCorpus
+from trainer.engine import Engine
+from trainer.errors import InputError, TrainingFailedError, name_some
+from trainer.observe.progress import Progress
+from trainer.observe.red_flags import find_red_flags
+from trainer.observe.trackers import Tracker
+from trainer.optimization import learning_rate
+from trainer.recipe import Recipe
+from trainer.signals import StopRequest
+from trainer.step import StepOutcome, train_step
+from trainer.validation import Evaluation, evaluate
+
+_MOST_SKIPS_IN_A_ROW = 10
+
+
+@dataclass(kw_only=True)
+class TrainingRun:
+    """One attempt at a run, from its state to the end or to a request to stop."""
+
+    recipe: Recipe
+    engine: Engine
+    corpus: TrainingCorpus
+    state: RunState
+    loader: TrainingLoader
+    dev: EvaluationLoader
+    train_subset: EvaluationLoader | None
+    store: CheckpointStore
+    trackers: Sequence[Tracker]
+    progress: Progress
+    stop: StopRequest
+
+    def __post_init__(self) -> None:
+        batch, run = self.recipe.batch, self.recipe.run
+        self.batch_size = self.recipe.global_batch_size(self.engine.world_size)
+        self.peak = self.recipe.peak_learning_rate(self.engine.world_size)
+        self.num_clips = self.loader.plan.num_clips
+        longest = slot_frames(self.loader.plan.num_frames, self.loader.plan.total_stride).max()
+        self.budget = batch.max_frames_per_microbatch or batch.batch_size * int(longest)
+        steps_per_epoch = -(-self.num_clips // self.batch_size)
+        self.total_steps = min(run.epochs * steps_per_epoch, run.max_steps or run.epochs * steps_per_epoch)
+        self.total_epochs = min(float(run.epochs), self.total_steps * self.batch_size / self.num_clips)
+        self.first_step = self.state.step
+        self.skips_in_a_row = 0
+
+    def run(self) -> int:
+        """Train to the end; return the exit code: 0, or 1 where the recipe names a target WER that was not reached."""
+        self.progress.start(total=self.total_steps, done=self.state.step)
+        if self.state.step == 0:
+            # The figure to beat; and a dev split that cannot be evaluated shows before training time is spent.
+            self._log(self._validate())
+        reason = self._end_reason() or self._train()
+        self.progress.say(self._summary(reason))
+        target = self.recipe.run.target_wer
+        reached = target is None or (self.state.best_wer is not None and self.state.best_wer <= target)
+        return 0 if reached or reason.startswith("stopped") else 1
+
+    def _train(self) -> str:
+        """Take steps until there is a reason not to; return it."""
+        while True:
+            steps = self.loader.steps(
+                self.state.epoch,
+                self.state.position,
+                size=self.batch_size,
+                rank=self.engine.rank,
+                world_size=self.engine.world_size,
+                budget=self.budget,
+            )
+            try:
+                reason = self._train_epoch(steps)
+            except InputError as error:
+                # A clip that cannot be read any more is known to the rank that has it, and to no other.
+                error.local = True
+                raise
+            finally:
+                steps.close()
+            if reason:
+                return reason
+
+    def _train_epoch(self, steps: Iterator[tuple[StepShare, Iterator[MicroBatch]]]) -> str | None:
+        started = time.perf_counter()
+        for share, cells in steps:
+            outcome, rate = self._step(share, cells)
+            self._count(share, outcome, rate, time.perf_counter() - started)
+            reason = self._boundary(outcome)
+            if reason:
+                return reason
+            started = time.perf_counter()
+        return None
+
+    def _step(self, share: StepShare, cells: Iterator[MicroBatch]) -> tuple[StepOutcome, float]:
+        end = self.state.position + len(share.batch)
+        rate = learning_rate(
+            self.state.epoch + end / self.num_clips,
+            total_epochs=self.total_epochs,
+            peak=self.peak,
+            recipe=self.recipe.optimization,
+        )
+        outcome = train_step(
+            self.engine,
+            share,
+            cells,
+            learning_rate=rate,
+            gradient_clip=self.recipe.optimization.gradient_clip,
+            label_smoothing=self.recipe.objective.label_smoothing,
+            stop_requested=self.stop.requested,
+        )
+        self.state.step += 1
+        self.state.position = end
+        if end >= self.num_clips:
+            self.state.epoch, self.state.position = self.state.epoch + 1, 0
+        if outcome.applied:
+            self.skips_in_a_row = 0
+        else:
+            self._report_skip(outcome)
+        return outcome, rate
+
+    def _count(self, share: StepShare, outcome: StepOutcome, rate: float, seconds: float) -> None:
+        """Add a step to the sums that the next line of metrics is made of; a skipped step counts in time alone."""
+        window = self.state.window
+        sums = {
+            "seconds": seconds,
+            "rank_seconds": outcome.seconds,
+            "wait_seconds": outcome.wait_seconds,
+            "frames": float(share.frames),
+            "slots": float(share.slots),
+            "all_steps": 1.0,
+            "imbalance": share.allotment.imbalance,
+        }
+        if outcome.applied:
+            sums |= {"steps": 1.0, "loss": outcome.loss, "grad_norm": outcome.grad_norm}
+        for name, value in sums.items():
+            window[name] = window.get(name, 0.0) + value
+        window["lr"] = rate
+        self.progress.advance(outcome.loss)
+
+    def _boundary(self, outcome: StepOutcome) -> str | None:
+        """Log, validate and save where due; return why the run ends here, if it does."""
+        run, step = self.recipe.run, self.state.step
+        reason = self._end_reason()
+        if reason is None and outcome.stop_requested:
+            reason = "stopped on request"
+        if reason is None and run.stop_after_steps and step - self.first_step >= run.stop_after_steps:
+            reason = f"stopped after {run.stop_after_steps} steps, as --stop_after_steps says"
+        stopped = reason is not None and reason.startswith("stopped")
+        due = step % run.evaluate_every == 0 if run.evaluate_every else self.state.position == 0
+        metrics: dict[str, Any] = {}
+        is_best = False
+        if (due and not stopped) or (reason is not None and not stopped):
+            metrics, is_best = self._validate(), self.state.best_step == step
+            reason = reason or self._enough()
+        if metrics or step % run.log_every == 0 or (reason and not stopped):
+            self._log(metrics)
+        if metrics or reason or (run.save_every and step % run.save_every == 0):
+            self._save(is_best)
+        return reason
+
+    def _end_reason(self) -> str | None:
+        if self.state.step >= self.total_steps or self.state.epoch >= self.recipe.run.epochs:
+            return "finished"
+        return self._enough() if self.state.last_validation == self.state.step > 0 else None
+
+    def _enough(self) -> str | None:
+        """Say why the last validation ends the run, if it does."""
+        run, state = self.recipe.run, self.state
+        if run.target_wer is not None and state.best_wer is not None and state.best_wer <= run.target_wer:
+            return f"reached the target WER of {run.target_wer} %"
+        if run.early_stopping_patience and state.validations_since_best >= run.early_stopping_patience:
+            return f"no better {run.selection_metric} in {state.validations_since_best} validations"
+        return None
+
+    def _validate(self) -> dict[str, Any]:
+        """Evaluate the dev split and the fixed training subset; keep the best and the patience."""
+        result = self._evaluate(self.dev)
+        metrics = result.metrics("val")
+        if self.train_subset is not None:
+            metrics["train/wer"] = self._evaluate(self.train_subset).counts.wer
+        state = self.state
+        value = result.counts.wer if self.recipe.run.selection_metric == "wer" else result.loss
+        state.last_validation = state.step
+        state.best_wer = min(result.counts.wer, state.best_wer if state.best_wer is not None else result.counts.wer)
+        if state.step and (state.best is None or value < state.best):
+            state.best, state.best_step, state.validations_since_best = value, state.step, 0
+        elif state.step:
+            state.validations_since_best += 1
+        for flag in find_red_flags(metrics, epoch=state.epoch, warmup_epochs=self.recipe.optimization.warmup_epochs):
+            self.progress.say(flag)
+        return metrics
+
+    def _evaluate(self, loader: EvaluationLoader) -> Evaluation:
+        return evaluate(self.engine, loader, budget=self.budget, protocol=self.recipe.run.protocol)
+
+    def _log(self, extra: dict[str, Any]) -> None:
+        """Write one line: the means since the last one, and `extra`."""
+        window = self.state.window
+        metrics: dict[str, Any] = {"step": self.state.step, "epoch": self.state.epoch}
+        if window:
+            applied = window.get("steps", 0.0)
+            metrics |= {
+                "train/loss": window["loss"] / applied if applied else None,
+                "train/grad_norm": window["grad_norm"] / applied if applied else None,
+                "lr": window["lr"],
+                "frames_per_second": window["frames"] / window["seconds"],
+                "padding_fraction": 1.0 - window["frames"] / window["slots"],
+                "rank_imbalance": window["imbalance"] / window["all_steps"],
+                "data_wait_fraction": window["wait_seconds"] / window["rank_seconds"],
+                "skipped_steps": self.state.skipped_steps,
+            }
+        metrics |= extra
+        self.state.window = {}
+        for tracker in self.trackers:
+            tracker.log(metrics)
+        self.progress.show(metrics)
+
+    def _save(self, is_best: bool) -> None:
+        self.engine.on_main(lambda: self._publish(is_best))
+
+    def _publish(self, is_best: bool) -> None:
+        model, optimizer = self.engine.full_state()
+        self.store.publish(
+            Checkpoint(
+                recipe=self.recipe,
+                vocabulary=self.corpus.vocabulary,
+                normalization=self.corpus.normalization,
+                state=self.state,
+                model=model,
+                optimizer=optimizer,
+            ),
+            is_best=is_best,
+        )
+
+    def _report_skip(self, outcome: StepOutcome) -> None:
+        """Name the clips behind a gradient that is not finite; give up after too many in a row."""
+        self.state.skipped_steps += 1
+        self.skips_in_a_row += 1
+        clips = self.loader.reader.clips
+        suspects = [clips[i].id for part in self.engine.gather_objects(outcome.suspects) for i in part]
+        names = name_some(suspects) if suspects else "none alone has a loss that is not finite"
+        self.progress.say(f"step {self.state.step}: gradient not finite, skipped on all ranks; clips: {names}")
+        if self.skips_in_a_row >= _MOST_SKIPS_IN_A_ROW:
+            path = Path(self.recipe.run.output_dir) / "not_finite.json"
+            self.engine.on_main(lambda: path.write_text(json.dumps({"step": self.state.step, "clips": suspects})))
+            raise TrainingFailedError(
+                f"{self.skips_in_a_row} steps in a row had a gradient that is not finite (clips of the last: {names}; "
+                f"all in {path}); lower --learning_rate, or look at these clips"
+            )
+
+    def _summary(self, reason: str) -> str:
+        state, run = self.state, self.recipe.run
+        best = (
+            ""
+            if state.best is None
+            else f"; best dev {run.selection_metric} {state.best:.4g} at step {state.best_step}"
+        )
+        goal = ""
+        if run.target_wer is not None and not reason.startswith(("reached", "stopped")):
+            goal = f"; target WER {run.target_wer} % NOT reached"
+        go_on = "; go on with --resume auto" if reason.startswith("stopped") else ""
+        return f"{reason} at step {state.step}{best}{goal}{go_on} ({run.output_dir})"

@@ -1,0 +1,113 @@
+"""The teacher over per-frame features: embedded streams, inception network in time, BiLSTM, CTC head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainer.errors import InputError
+from trainer.layout import TimeLayout
+from trainer.models.inception import Inception, scale_channels
+from trainer.models.temporal_head import TemporalHead
+
+
+class FeatureTeacher(nn.Module):
+    """Map clips of features to gloss logits; about 22 M parameters at D = 6516 and 1,296 classes.
+
+    A clip's logits depend on that clip alone: not on its padding (there is none), not on its batch.
+    """
+
+    def __init__(
+        self,
+        *,
+        feature_dim: int,
+        num_classes: int,
+        total_stride: int = 4,
+        width: float = 1.0,
+        rnn_size: int = 512,
+        rnn_layers: int = 2,
+        dropout: float = 0.3,
+        streams: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.total_stride = total_stride
+        embedding = scale_channels(512, width)
+        self.embed = StreamFusion(check_streams(streams, feature_dim), embedding)
+        self.inception = Inception(embedding, total_stride, width)
+        self.head = TemporalHead(
+            self.inception.channels,
+            rnn_size=rnn_size,
+            rnn_layers=rnn_layers,
+            dropout=dropout,
+            num_classes=num_classes,
+        )
+
+    def forward(self, features: Tensor, layout: TimeLayout) -> Tensor:
+        """Return logits `[M, V]` of clips laid out by `layout`; `features` `[N, D]`, clip after clip."""
+        frames = self.embed(features)
+        silence = frames.new_zeros(layout.length, frames.shape[1])
+        laid_out = silence.index_copy(0, layout.frame_positions, frames)
+        return self.head(self.inception(laid_out, layout), layout)
+
+
+class StreamFusion(nn.Module):
+    """Embed each feature stream and fuse them by gates that every frame computes from all streams."""
+
+    def __init__(self, streams: Mapping[str, Sequence[tuple[int, int]]], embedding: int) -> None:
+        super().__init__()
+        self.slices = [list(spans) for spans in streams.values()]
+        widths = [sum(stop - start for start, stop in spans) for spans in self.slices]
+        self.project = nn.ModuleDict(
+            {name: nn.Linear(width, embedding) for name, width in zip(streams, widths, strict=True)}
+        )
+        self.norm = nn.ModuleDict({name: nn.LayerNorm(embedding) for name in streams})
+        self.gate = nn.Linear(embedding * len(streams), len(streams)) if len(streams) > 1 else None
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map `[N, D]` to `[N, embedding]`, non-negative."""
+        embedded = []
+        for name, spans in zip(self.project, self.slices, strict=True):
+            parts = [features[:, start:stop] for start, stop in spans]
+            stream = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            embedded.append(F.relu(self.norm[name](self.project[name](stream))))
+        if self.gate is None:
+            return embedded[0]
+        gates = self.gate(torch.cat(embedded, dim=1)).softmax(dim=1)
+        return sum((gates[:, i : i + 1] * stream for i, stream in enumerate(embedded)), torch.zeros_like(embedded[0]))
+
+
+def check_streams(streams: Mapping[str, Sequence[int]] | None, feature_dim: int) -> dict[str, list[tuple[int, int]]]:
+    """Turn declared streams into slices; refuse what lies outside D, overlaps, or is no module name.
+
+    Dimensions that no stream names are refused too: a slice forgotten is the likelier reading.
+    """
+    if not streams:
+        return {"all": [(0, feature_dim)]}
+    spans = {name: list(zip(edges[::2], edges[1::2], strict=True)) for name, edges in streams.items()}
+    problems = [
+        f"streams: {name} takes [{start}, {stop}) but the corpus has D = {feature_dim}; correct the slice"
+        for name, parts in spans.items()
+        for start, stop in parts
+        if stop > feature_dim
+    ]
+    problems += [
+        f"streams: {name!r} is no plain name; use letters, digits and _" for name in spans if not name.isidentifier()
+    ]
+    ordered = sorted((start, stop, name) for name, parts in spans.items() for start, stop in parts)
+    reached, last = 0, ""
+    for start, stop, name in ordered:
+        if start < reached:
+            problems.append(
+                f"streams: {name} [{start}, {stop}) overlaps {last}, which reaches {reached}; correct the slices"
+            )
+        if start > reached:
+            problems.append(f"streams: no stream takes dimensions [{reached}, {start}); declare one for them")
+        reached, last = max(reached, stop), name
+    if reached < feature_dim:
+        problems.append(f"streams: no stream takes dimensions [{reached}, {feature_dim}); declare one for them")
+    if problems:
+        raise InputError(problems)
+    return spans

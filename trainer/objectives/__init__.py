@@ -1,0 +1,1 @@
+"""Objectives: sums over the clips of a micro-batch, never means."""

@@ -1,0 +1,272 @@
+"""The recipe: everything that defines a run, as one typed tree.
+
+The tree groups the fields by what they govern; names are unique across groups, so that a YAML file and
+the command line stay flat (`batch_size: 8`, `--batch_size 8`). The line under a field is its `--help` text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
+
+DEFAULT_OUTPUT_DIR = "runs/teacher"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusRecipe:
+    """Corpus: which clips, and how their features are prepared."""
+
+    data_dir: str = ""
+    """Folder that holds {train,dev,test}/<id>.npz."""
+    annotations: str = ""
+    """Folder with {split}.corpus.csv, or a pattern such as ann/{split}.SI5.corpus.csv (default: DATA_DIR/annotations)."""
+    allow_missing: bool = False
+    """Train without the annotated clips whose feature file is missing, and say which."""
+    normalization: Literal["corpus", "clip", "none"] = "corpus"
+    """Zero mean and unit variance per dimension over the training split, over each clip, or features as they are."""
+    overfit_clips: NonNegativeInt = 0
+    """Train on this many training clips alone and evaluate on the same ones (0: off)."""
+    augment: bool = False
+    """Augment training clips, seeded by (seed, epoch, clip id)."""
+    augment_rescale: ClosedUnitInterval = 0.2
+    """Temporal rescaling: a clip's speed changes by up to this fraction either way."""
+    augment_frame_drop: ClosedUnitInterval = 0.1
+    """Frame dropping: up to this fraction of the frames of a clip is left out."""
+    augment_time_mask: ClosedUnitInterval = 0.1
+    """Time masking: two spans of up to this fraction of a clip are set to the mean."""
+    augment_feature_mask: ClosedUnitInterval = 0.1
+    """Feature masking: up to this fraction of the dimensions, in two bands, is set to the mean for a whole clip."""
+    augment_noise: NonNegativeFloat = 0.05
+    """Standard deviation of the Gaussian noise added to normalised features."""
+    num_workers: NonNegativeInt = 2
+    """Threads of each rank that read and augment clips ahead of time (0: in the training thread)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecipe:
+    """Model."""
+
+    model: Literal["teacher"] = "teacher"
+    """Architecture: teacher = inception network over features, BiLSTM, CTC head."""
+    total_stride: Literal[1, 2, 4] = 4
+    """Input frames per output frame."""
+    width: PositiveFloat = 1.0
+    """Multiplier of every channel count of the inception network (1.0: the published I3D widths)."""
+    rnn_size: PositiveInt = 512
+    """Units of each direction of each BiLSTM layer."""
+    rnn_layers: PositiveInt = 2
+    """BiLSTM layers."""
+    dropout: ClosedUnitInterval = 0.3
+    """Dropout, drawn per (seed, step, clip, frame): the same on any number of ranks."""
+    streams: dict[str, list[int]] | None = None
+    """Named feature streams as slices of D, fused by learned gates: {pose: [0, 99], hands: [99, 225], …}."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchRecipe:
+    """Batches: batch_size x gradient_accumulation_steps is the global batch in clips, on any hardware."""
+
+    batch_size: PositiveInt = 8
+    """Clips per accumulation step."""
+    gradient_accumulation_steps: PositiveInt = 2
+    """Accumulation steps per optimizer step."""
+    batch_scaling: Literal["none", "linear"] = "none"
+    """linear: multiply the global batch by the world size (the curve then depends on the hardware)."""
+    learning_rate_rule: Literal["linear", "sqrt", "none"] = "linear"
+    """How batch_scaling changes the learning rate: times world size, times its square root, or not."""
+    max_frames_per_microbatch: NonNegativeInt = 0
+    """Memory budget of one forward and backward pass, in frames (0: batch_size x the longest training clip)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveRecipe:
+    """Objective."""
+
+    loss_normalization: Literal["clip_target", "clip", "target"] = "clip_target"
+    """Mean over the global batch of loss per gloss (PyTorch's "mean"), of loss per clip, or loss over all glosses."""
+    label_smoothing: ClosedUnitInterval = 0.0
+    """Weight of the KL term towards the uniform distribution on valid frames."""
+    mixup_alpha: NonNegativeFloat = 0.0
+    """Beta parameter of temporal mixup between two clips of a global batch (0: off)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationRecipe:
+    """Optimization."""
+
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    """Optimizer."""
+    learning_rate: PositiveFloat = 3e-4
+    """Peak learning rate."""
+    min_lr: NonNegativeFloat = 1e-6
+    """Learning rate at the end of the schedule."""
+    scheduler: Literal["cosine", "cosine_with_restarts", "onecycle", "constant"] = "cosine"
+    """Learning-rate schedule, stepped per optimizer step."""
+    warmup_epochs: NonNegativeFloat = 5.0
+    """Epochs of linear warm-up, starting above zero."""
+    restarts: PositiveInt = 4
+    """Cycles of cosine_with_restarts."""
+    weight_decay: NonNegativeFloat = 1e-4
+    """Weight decay (decoupled for adamw), on weight matrices only."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates; sgd takes the first as its momentum."""
+    gradient_clip: NonNegativeFloat = 1.0
+    """Largest norm of the global gradient (0: no clipping)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecipe:
+    """Run: how long, how often, where to."""
+
+    output_dir: str = DEFAULT_OUTPUT_DIR
+    """Run directory, the only place a run writes to."""
+    epochs: PositiveInt = 150
+    """Passes over the training split."""
+    max_steps: NonNegativeInt = 0
+    """End, and end the schedule, after this many optimizer steps at the latest (0: epochs decide)."""
+    stop_after_steps: NonNegativeInt = 0
+    """Save and leave after this many steps of this attempt, schedule untouched; --resume auto goes on (0: off)."""
+    seed: NonNegativeInt = 42
+    """Seed of weights, order, augmentation, mixup and dropout."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Precision of the forward pass; CTC and softmax are always float32."""
+    deterministic: bool = True
+    """Bit-identical repetition on the same hardware (CPU: at no cost)."""
+    log_every: PositiveInt = 50
+    """Steps between two lines of metrics."""
+    evaluate_every: NonNegativeInt = 0
+    """Steps between two validations (0: each epoch)."""
+    save_every: NonNegativeInt = 0
+    """Steps between two checkpoints, besides the one at each validation (0: only those)."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints kept, besides the best."""
+    selection_metric: Literal["wer", "loss"] = "wer"
+    """Metric of the dev split that chooses the best checkpoint and stops early."""
+    early_stopping_patience: NonNegativeInt = 0
+    """Stop after this many validations without a better one (0: never; CTC often rests near 100 % WER for 20 epochs)."""
+    target_wer: float | None = None
+    """Stop as soon as the dev WER, in percent, is at most this; exit code 1 if it never is."""
+    train_wer_clips: NonNegativeInt = 64
+    """Size of the fixed training subset whose WER is measured at each validation (0: off)."""
+    protocol: Literal["plain", "phoenix2014", "phoenix2014_merge"] = "plain"
+    """Scoring protocol of the WER."""
+    trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=lambda: ["tensorboard"])
+    """Trackers beside metrics.jsonl."""
+    wandb_project: str = "signscale"
+    """Project of the wandb tracker (offline unless a key is configured)."""
+    resume: str = ""
+    """auto: go on from the newest sound checkpoint of the run directory, or start; PATH: go on from this checkpoint."""
+    init_from: str = ""
+    """Checkpoint or run whose weights, vocabulary and normalisation start this run (fine-tuning)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All that defines a run; `flat()` is its YAML form."""
+
+    corpus: CorpusRecipe = field(default_factory=CorpusRecipe)
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    batch: BatchRecipe = field(default_factory=BatchRecipe)
+    objective: ObjectiveRecipe = field(default_factory=ObjectiveRecipe)
+    optimization: OptimizationRecipe = field(default_factory=OptimizationRecipe)
+    run: RunRecipe = field(default_factory=RunRecipe)
+
+    def flat(self) -> dict[str, Any]:
+        """Return every field by its flat name, in the order of declaration."""
+        return {name: value for group in dataclasses.asdict(self).values() for name, value in group.items()}
+
+    @classmethod
+    def from_flat(cls, values: dict[str, Any]) -> Recipe:
+        """Build the tree from flat names; a name that is absent keeps its default."""
+        groups = {
+            group: kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values})
+            for group, kind in GROUPS.items()
+        }
+        return cls(**groups)
+
+    def global_batch_size(self, world_size: int) -> int:
+        """Count the clips of one optimizer step."""
+        clips = self.batch.batch_size * self.batch.gradient_accumulation_steps
+        return clips * world_size if self.batch.batch_scaling == "linear" else clips
+
+    def peak_learning_rate(self, world_size: int) -> float:
+        """Return the peak learning rate after `learning_rate_rule` (linear: Goyal et al. 2017)."""
+        rate = float(self.optimization.learning_rate)
+        if self.batch.batch_scaling == "none" or self.batch.learning_rate_rule == "none":
+            return rate
+        return rate * (world_size if self.batch.learning_rate_rule == "linear" else world_size**0.5)
+
+
+GROUPS: dict[str, type[Any]] = {
+    "corpus": CorpusRecipe,
+    "model": ModelRecipe,
+    "batch": BatchRecipe,
+    "objective": ObjectiveRecipe,
+    "optimization": OptimizationRecipe,
+    "run": RunRecipe,
+}
+
+FREE_ON_RESUME = frozenset(
+    # What may differ between two attempts of one run: where things lie, how the labour is divided, what is reported.
+    [
+        "data_dir",
+        "annotations",
+        "output_dir",
+        "num_workers",
+        "max_frames_per_microbatch",
+        "stop_after_steps",
+        "log_every",
+        "save_every",
+        "keep_checkpoints",
+        "early_stopping_patience",
+        "target_wer",
+        "trackers",
+        "wandb_project",
+        "resume",
+        "init_from",
+    ]
+)
+
+
+def combination_problems(recipe: Recipe) -> list[str]:
+    """List what is impossible in combination, each with its mend."""
+    corpus, model, opt, run = recipe.corpus, recipe.model, recipe.optimization, recipe.run
+    problems = []
+    if not corpus.data_dir:
+        problems.append("data_dir: not given; name the folder that holds train/, dev/ and test/ (--data_dir DIR)")
+    if "{" in corpus.annotations and "{split}" not in corpus.annotations:
+        problems.append(
+            f"annotations: the pattern {corpus.annotations!r} has no {{split}}; write e.g. ann/{{split}}.csv"
+        )
+    if opt.min_lr > opt.learning_rate:
+        problems.append(f"min_lr: {opt.min_lr} is above learning_rate {opt.learning_rate}; lower it")
+    if opt.warmup_epochs >= run.epochs and opt.warmup_epochs > 0:
+        problems.append(
+            f"warmup_epochs: {opt.warmup_epochs} leaves nothing of {run.epochs} epochs; lower it or raise epochs"
+        )
+    problems += [f"betas: {b} is outside [0, 1); 0.9 and 0.999 are usual" for b in opt.betas if not 0 <= b < 1]
+    if model.dropout >= 1:
+        problems.append("dropout: 1.0 leaves no signal; choose a value below 1")
+    if recipe.objective.label_smoothing >= 1:
+        problems.append("label_smoothing: 1.0 leaves no labels; choose a value below 1 (0.1 is usual)")
+    if run.resume and run.resume != "auto" and run.init_from:
+        problems.append("resume and init_from: a run goes on or starts from weights, not both; drop one of them")
+    if run.target_wer is not None and run.target_wer < 0:
+        problems.append(f"target_wer: {run.target_wer} is below 0; give a WER in percent")
+    if corpus.augment_frame_drop >= 1 or corpus.augment_rescale >= 1:
+        problems.append("augment_frame_drop and augment_rescale: 1.0 leaves no frame; choose values below 1")
+    for name, edges in (model.streams or {}).items():
+        if not edges or len(edges) % 2 or any(a < 0 or a >= b for a, b in zip(edges[::2], edges[1::2], strict=False)):
+            problems.append(
+                f"streams: {name} is {edges}; write start and stop of each slice, e.g. [0, 99], start < stop"
+            )
+    return problems

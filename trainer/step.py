@@ -1,0 +1,92 @@
+"""One optimizer step: this rank's cells forward and backward, then one all-reduce on what to do."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from trainer.data.loader import MicroBatch, StepShare
+from trainer.engine import Engine
+from trainer.objectives.ctc import ctc_objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutcome:
+    """What all ranks know after a step; seconds are sums over ranks."""
+
+    loss: float
+    grad_norm: float
+    applied: bool
+    stop_requested: bool
+    wait_seconds: float
+    seconds: float
+    suspects: tuple[int, ...]
+    """Clips of this rank's micro-batches whose loss was not finite."""
+
+
+def train_step(
+    engine: Engine,
+    share: StepShare,
+    cells: Iterator[MicroBatch],
+    *,
+    learning_rate: float,
+    gradient_clip: float,
+    label_smoothing: float,
+    stop_requested: bool,
+) -> StepOutcome:
+    """Run one optimizer step of the global batch.
+
+    The step is applied or skipped by all ranks together: a gradient that is not finite on one of them is skipped on all.
+    """
+    started = time.perf_counter()
+    waited = 0.0
+    total = torch.zeros((), dtype=torch.float64)
+    suspects: list[int] = []
+    last = share.allotment.cells_per_rank - 1
+    for number in range(last + 1):
+        asked = time.perf_counter()
+        cell = next(cells).to(engine.device)
+        waited += time.perf_counter() - asked
+        with engine.micro_batch(is_last=number == last):
+            logits = engine.model(cell.features, cell.layout)
+            loss_sum = ctc_objective(
+                logits, cell.layout.output_lengths, cell.labels, cell.partner_labels, label_smoothing
+            )
+            engine.backward(loss_sum, share.denominator)
+        value = loss_sum.detach().double().cpu()
+        total += value
+        if not torch.isfinite(value):
+            suspects.extend(cell.clips)
+    grad_norm = engine.clip(gradient_clip)
+    finite = math.isfinite(grad_norm) and bool(torch.isfinite(total))
+    # The one fused all-reduce: what ranks must agree on, and the metrics of the step.
+    agreed = engine.all_reduce(
+        torch.tensor(
+            [
+                float(total) if finite else 0.0,
+                0.0 if finite else 1.0,
+                float(stop_requested),
+                waited,
+                time.perf_counter() - started,
+            ],
+            dtype=torch.float64,
+        )
+    )
+    loss_sum_all, not_finite, stops, wait_seconds, seconds = agreed.tolist()
+    if not_finite:
+        engine.skip_step()
+    else:
+        engine.step(learning_rate)
+    return StepOutcome(
+        loss=loss_sum_all / share.denominator,
+        grad_norm=grad_norm,
+        applied=not not_finite,
+        stop_requested=stops > 0,
+        wait_seconds=wait_seconds,
+        seconds=seconds,
+        suspects=tuple(suspects),
+    )
