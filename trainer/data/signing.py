@@ -83,25 +83,29 @@ class Sensor:
 def invent_language(vocabulary_size: int, seed: int) -> Language:
     """Invent a language of `vocabulary_size` glosses, number 0 the most frequent (about Zipf)."""
     rng = np.random.default_rng([seed, _LANGUAGE])
-    places = rng.normal(0.0, 0.6, (8, 3))
+    # Every second gloss is the one before it backwards (open and close, come and go): telling those apart
+    # takes the order of the frames, not their average.
+    pairs = -(-vocabulary_size // 2)
+    places = rng.normal(0.0, 0.7, (8, 1, 3))
     shapes = rng.normal(0.0, 0.8, (8, 4))
-    movements = rng.normal(0.0, 1.1, (8, WAYPOINTS, 3))
-    mouthings = rng.normal(0.0, 0.6, (6, 4))
+    mouthings = rng.normal(0.0, 0.6, (6, 1, 4))
+    stretch = rng.normal(size=(8, 3))
+    stretch *= 1.5 / np.linalg.norm(stretch, axis=1, keepdims=True)
+    movements = np.stack([-stretch, rng.normal(0.0, 0.6, (8, 3)), stretch], axis=1)
 
     def pick(inventory: Floats) -> Floats:
-        return inventory[rng.integers(len(inventory), size=vocabulary_size)]
+        # Dealt rather than drawn: no language is much more ambiguous than the next.
+        return inventory[rng.permutation(np.arange(pairs) % len(inventory))]
 
-    waypoints = np.tile(_REST, (vocabulary_size, WAYPOINTS, 1))
-    waypoints[:, :, PLACE] = pick(places)[:, None] + pick(movements)
+    signs = np.tile(_REST, (pairs, WAYPOINTS, 1))
+    signs[:, :, PLACE] = pick(places) + pick(movements)
     first, last = pick(shapes), pick(shapes)
-    last = np.where(rng.random((vocabulary_size, 1)) < 0.6, first, last)
-    waypoints[:, :, SHAPE] = np.stack([first, (first + last) / 2, last], axis=1)
-    waypoints[:, :, FACE] = pick(mouthings)[:, None]
-    two_handed = rng.random(vocabulary_size) < 0.4
-    waypoints[two_handed] = _follow(waypoints[two_handed], 1.0)
-    # Many signs are another one backwards (open and close, come and go): telling them apart takes the order
-    # of the frames, not their average.
-    waypoints[1::2] = waypoints[: vocabulary_size // 2 * 2 : 2, ::-1]
+    last = np.where(rng.random((pairs, 1)) < 0.6, first, last)
+    signs[:, :, SHAPE] = np.stack([first, (first + last) / 2, last], axis=1)
+    signs[:, :, FACE] = pick(mouthings)
+    two_handed = rng.random(pairs) < 0.4
+    signs[two_handed] = _follow(signs[two_handed], 1.0)
+    waypoints = np.stack([signs, signs[:, ::-1]], axis=1).reshape(-1, WAYPOINTS, LATENTS)[:vocabulary_size]
     # Large vocabularies exhaust the inventories: a little of every gloss is its own.
     waypoints += rng.normal(0.0, 0.15, waypoints.shape)
 
@@ -125,10 +129,10 @@ def invent_signer(index: int, seed: int) -> Signer:
     rng = np.random.default_rng([seed, _SIGNER, index])
     return Signer(
         tempo=float(np.exp(rng.normal(0.0, 0.15))),
-        amplitude=float(np.exp(rng.normal(0.0, 0.12))),
+        amplitude=float(np.exp(rng.normal(0.0, 0.1))),
         mirroring=float(rng.uniform(0.0, 0.4)),
         style=np.eye(LATENTS) + rng.normal(0.0, 0.03, (LATENTS, LATENTS)),
-        posture=rng.normal(0.0, 0.12, LATENTS),
+        posture=rng.normal(0.0, 0.1, LATENTS),
     )
 
 
@@ -187,13 +191,13 @@ def perform(
     glosses is the path from one to the other. Neighbours pull at each other's edges (assimilation), and
     inertia rounds off what is signed fast (undershoot).
     """
-    targets = language.waypoints[glosses] + rng.normal(0.0, 0.12, (len(glosses), WAYPOINTS, LATENTS))
+    targets = language.waypoints[glosses] + rng.normal(0.0, 0.1, (len(glosses), WAYPOINTS, LATENTS))
     pull = 0.2 * (targets[1:, 0] - targets[:-1, -1])
     targets[1:, 0] -= pull
     targets[:-1, -1] += pull
     knots = np.concatenate([[_REST, _REST], targets.reshape(-1, LATENTS), [_REST, _REST]])
     strokes = language.durations[glosses] * rng.uniform(0.8, 1.2, len(glosses)) / signer.tempo
-    transitions = rng.uniform(0.35, 0.65, len(glosses) + 1)
+    transitions = rng.uniform(0.3, 0.5, len(glosses) + 1)
     rests = rng.uniform(0.2, 0.8, 2)
     steps = np.stack([transitions[:-1], *[strokes / (WAYPOINTS - 1)] * (WAYPOINTS - 1)], axis=1)
     times = np.cumsum(np.concatenate([[0.0, rests[0]], steps.ravel(), [transitions[-1], rests[1]]]))

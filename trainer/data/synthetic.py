@@ -44,7 +44,7 @@ class _Defaults(NamedTuple):
 
 
 _DEFAULTS = {
-    "demo": _Defaults(16, 96, 8, 0, (0.2, 0.45, 0.35)),
+    "demo": _Defaults(16, 96, 10, 0, (0.2, 0.45, 0.35)),
     # MediaPipe Holistic: 33 body, 42 hand and 468 face points of three coordinates, and three differences.
     "full": _Defaults(1295, 6516, 9, 3, (99, 126, 1404)),
 }
@@ -69,7 +69,7 @@ class SyntheticSpec:
     feature_dim: int = 0
     """Features per frame, D; 0: 96 (demo) or 6516 (full, three quarters of it temporal differences)."""
     signers: int = 0
-    """Signers of all splits, a quarter of them kept out of train (at least one); 0: 8 (demo) or 9 (full)."""
+    """Signers of all splits, a quarter of them kept out of train (at least one); 0: 10 (demo) or 9 (full)."""
     noise: float = 0.2
     """Standard deviation of the sensor's noise, where signing itself moves a coordinate within -1 and 1."""
     dropout: float = 0.01

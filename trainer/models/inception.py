@@ -27,6 +27,10 @@ MIXED_BLOCKS: dict[str, tuple[int, int, int, int, int, int]] = {
 }
 
 
+# Blocks start close to their shortcut, so that the first gradients reach the features through nine of them.
+_BRANCH_SCALE = 0.2
+
+
 def scale_channels(channels: int, width: float) -> int:
     """Scale a channel count, to a multiple of 8 and never below 8."""
     return max(8, int(channels * width / 8 + 0.5) * 8)
@@ -78,6 +82,9 @@ class Mixed(nn.Module):
         self.b3b = TemporalConv(inputs, outputs[5], 1)
         self.channels = outputs[0] + outputs[2] + outputs[4] + outputs[5]
         self.norm = nn.LayerNorm(self.channels)
+        nn.init.constant_(self.norm.weight, _BRANCH_SCALE)
+        # The published widths only grow, so that a shortcut needs no weights (option A of He et al. 2016).
+        self.new_channels = self.channels - inputs
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Map `[L, C_in]`, silent and non-negative, to `[L, channels]` of the same kind."""
@@ -87,7 +94,8 @@ class Mixed(nn.Module):
             self.b2b(F.relu(self.b2a(x)) * mask),
             self.b3b(pool(x)),
         ]
-        return F.relu(self.norm(torch.cat(branches, dim=1))) * mask
+        shortcut = F.pad(x, (0, self.new_channels))
+        return F.relu(shortcut + self.norm(torch.cat(branches, dim=1))) * mask
 
 
 def pool(x: Tensor, stride: int = 1) -> Tensor:
@@ -118,6 +126,7 @@ class Inception(nn.Module):
             self.mixed[name] = block
             channels = block.channels
         self.channels = channels
+        self.norm = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor, layout: TimeLayout) -> Tensor:
         """Run the network on silent, laid-out frames."""
@@ -129,4 +138,4 @@ class Inception(nn.Module):
                 mask = layout.masks[self.total_stride]
                 x = pool(x, self.total_stride // self.first_stride) * mask
             x = block(x, mask)
-        return x
+        return self.norm(x)

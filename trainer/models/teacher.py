@@ -38,7 +38,7 @@ class FeatureTeacher(nn.Module):
         self.embed = StreamFusion(check_streams(streams, feature_dim), embedding)
         self.inception = Inception(embedding, total_stride, width)
         self.head = TemporalHead(
-            self.inception.channels,
+            self.inception.channels + embedding,
             rnn_size=rnn_size,
             rnn_layers=rnn_layers,
             dropout=dropout,
@@ -50,7 +50,15 @@ class FeatureTeacher(nn.Module):
         frames = self.embed(features)
         silence = frames.new_zeros(layout.length, frames.shape[1])
         laid_out = silence.index_copy(0, layout.frame_positions, frames)
-        return self.head(self.inception(laid_out, layout), layout)
+        # Postures reach the BiLSTM directly too: it learns from them while the network in time is still finding its way.
+        postures = mean_frames(laid_out, layout, self.total_stride)
+        return self.head(torch.cat([self.inception(laid_out, layout), postures], dim=1), layout)
+
+
+def mean_frames(x: Tensor, layout: TimeLayout, stride: int) -> Tensor:
+    """Average the frames of each output frame, `[L, C]` to `[L / stride, C]`; silence does not count."""
+    counts = layout.masks[1].view(-1, stride).sum(dim=1, keepdim=True)
+    return x.view(-1, stride, x.shape[1]).sum(dim=1) / counts.clamp(min=1.0)
 
 
 class StreamFusion(nn.Module):
