@@ -76,18 +76,21 @@ class Engine:
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Wrap model and optimizer for this backend; rank 0's weights become everyone's."""
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.autocast = self.accelerator.autocast
 
     @property
     def module(self) -> nn.Module:
         """Return the model without its wrapper, for evaluation and for its state."""
         return self.accelerator.unwrap_model(self.model)
 
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """Enclose a forward pass in the recipe's precision."""
+        return self.accelerator.autocast()
+
     @contextlib.contextmanager
     def micro_batch(self, *, is_last: bool) -> Iterator[None]:
         """Enclose forward and backward of a micro-batch; only the last one of a step communicates."""
         synchronise = contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model)
-        with synchronise, self.accelerator.autocast():
+        with synchronise, self.autocast():
             yield
 
     def backward(self, loss_sum: Tensor, denominator: float) -> None:

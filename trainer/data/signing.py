@@ -91,7 +91,7 @@ def invent_language(vocabulary_size: int, seed: int) -> Language:
     mouthings = rng.normal(0.0, 0.6, (6, 1, 4))
     stretch = rng.normal(size=(8, 3))
     stretch *= 1.5 / np.linalg.norm(stretch, axis=1, keepdims=True)
-    movements = np.stack([-stretch, rng.normal(0.0, 0.6, (8, 3)), stretch], axis=1)
+    movements = np.stack([-stretch, rng.normal(0.0, 1.0, (8, 3)), stretch], axis=1)
 
     def pick(inventory: Floats) -> Floats:
         # Dealt rather than drawn: no language is much more ambiguous than the next.

@@ -162,7 +162,8 @@ def _draw_lengths(spec: SyntheticSpec, rng: np.random.Generator) -> tuple[int, i
         glosses = rng.integers(3, 7, size=1)
         frames = np.clip(np.rint(4 + glosses * rng.uniform(7.5, 10.0)), 20, 60).astype(np.int64)
     repeats = draw_adjacent_repeats(frames, glosses, int(rng.integers(2**62)))
-    return int(frames[0]), int(glosses[0]), min(int(repeats[0]), int(glosses[0]) - signing.ANCHORS)
+    most = 1 if spec.size == "demo" else int(glosses[0]) - signing.ANCHORS
+    return int(frames[0]), int(glosses[0]), min(int(repeats[0]), most)
 
 
 def invent_clip(spec: SyntheticSpec, split: str, index: int) -> SyntheticClip:

@@ -1,0 +1,200 @@
+"""Evaluate a checkpoint on a split: `python -m trainer.evaluate --checkpoint RUN --split test`, on one rank or several."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+
+from trainer.checkpoint.content import Checkpoint, read_checkpoint
+from trainer.checkpoint.store import find_checkpoint
+from trainer.data.allotment import slot_frames
+from trainer.data.corpus import Clip, feature_dim, read_split
+from trainer.data.loader import ClipReader, EvaluationLoader
+from trainer.data.prepare import annotations_of
+from trainer.engine import Engine
+from trainer.errors import InputError, exit_on_input_error, name_some
+from trainer.files import write_json
+from trainer.models.build import build_model, load_weights
+from trainer.observe.progress import Progress
+from trainer.scoring.ctm_stm import CtmRow, StmRow, write_ctm, write_stm
+from trainer.scoring.decoding import Emission
+from trainer.scoring.protocols import PROTOCOLS
+from trainer.validation import Evaluation, evaluate
+
+_CLIPS_PER_CELL = 8
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, build, evaluate, report; return the exit code."""
+    options = _parser().parse_args(argv)
+    with ExitStack() as stack:
+        folder = find_checkpoint(options.checkpoint)
+        checkpoint = read_checkpoint(folder, with_optimizer=False)
+        recipe = checkpoint.recipe
+        engine = Engine(dataclasses.replace(recipe.run, mixed_precision=options.mixed_precision))
+        stack.callback(engine.close)
+        progress = Progress(enabled=engine.is_main)
+        stack.callback(progress.close)
+        clips = _read_clips(options, checkpoint, progress)
+        if engine.world_size > len(clips):
+            raise InputError(f"{options.split}: {len(clips)} clips for {engine.world_size} ranks; start fewer ranks")
+        model = build_model(
+            recipe.model, feature_dim=checkpoint.normalization.feature_dim, num_classes=len(checkpoint.vocabulary)
+        )
+        load_weights(model, checkpoint.model, where=str(folder))
+        engine.model = model.to(engine.device)
+        loader = EvaluationLoader(
+            reader=ClipReader(clips, checkpoint.normalization),
+            vocabulary=checkpoint.vocabulary,
+            total_stride=recipe.model.total_stride,
+            num_workers=options.num_workers,
+            pin_memory=engine.device.type == "cuda",
+        )
+        protocol = options.protocol or recipe.run.protocol
+        longest = int(slot_frames(loader.num_frames, loader.total_stride).max())
+        budget = options.max_frames_per_microbatch or _CLIPS_PER_CELL * longest
+        try:
+            result = evaluate(engine, loader, budget=budget, protocol=protocol)
+        except InputError as error:
+            error.local = True
+            raise
+        emissions = {index: found for part in engine.gather_objects(result.emissions) for index, found in part.items()}
+        output = options.output_dir or _default_output(folder)
+        report = _report(options, folder, checkpoint, clips, result, protocol)
+        engine.on_main(lambda: _write(output, report, options, clips, emissions, checkpoint))
+        progress.say(_table(report, output / f"{options.split}.json"))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="signscale evaluate", description=__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="run directory (its best checkpoint), or checkpoint"
+    )
+    parser.add_argument("--split", default="test", help="split to evaluate (default: test)")
+    parser.add_argument("--data_dir", help="corpus folder (default: the run's)")
+    parser.add_argument("--annotations", help="annotations (default: the run's, or DATA_DIR/annotations)")
+    parser.add_argument("--protocol", choices=PROTOCOLS, help="scoring protocol (default: the run's)")
+    parser.add_argument(
+        "--output_dir", type=Path, help="where to write <split>.json, .ctm and .stm (default: RUN/evaluation)"
+    )
+    parser.add_argument("--allow_missing", action="store_true", help="leave out clips without a feature file, aloud")
+    parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="no", help="precision (default: no)")
+    parser.add_argument("--num_workers", type=int, default=2, help="reading threads of each rank (default: 2)")
+    parser.add_argument(
+        "--max_frames_per_microbatch", type=int, default=0, help="memory budget in frames (default: 8 longest clips)"
+    )
+    parser.add_argument(
+        "--fps", type=float, default=25.0, help="frames per second, for the times in the CTM (default: 25)"
+    )
+    return parser
+
+
+def _read_clips(options: argparse.Namespace, checkpoint: Checkpoint, progress: Progress) -> list[Clip]:
+    """Read the split, and say which of its glosses the vocabulary does not know."""
+    corpus = checkpoint.recipe.corpus
+    if options.data_dir:
+        # Another corpus folder brings its own annotations along, unless the user says where they are.
+        corpus = dataclasses.replace(corpus, data_dir=options.data_dir, annotations=options.annotations or "")
+    elif options.annotations:
+        corpus = dataclasses.replace(corpus, annotations=options.annotations)
+    clips = read_split(
+        Path(corpus.data_dir),
+        annotations_of(corpus),
+        options.split,
+        allow_missing=options.allow_missing,
+        log=progress.say,
+        expected_dim=checkpoint.normalization.feature_dim,
+    )
+    vocabulary = checkpoint.vocabulary
+    unknown = sorted({gloss for clip in clips for gloss in vocabulary.unknown(clip.glosses)})
+    if len(unknown) and not any(gloss in vocabulary for clip in clips for gloss in clip.glosses):
+        raise InputError(
+            f"{annotations_of(corpus)}: not one gloss of split {options.split} is in the run's vocabulary "
+            f"(e.g. {name_some(unknown, 5)}); evaluate on the corpus the run was trained for"
+        )
+    if unknown:
+        progress.say(f"{len(unknown)} glosses are unknown to the run and count as errors: {name_some(unknown)}")
+    return clips
+
+
+def _default_output(folder: Path) -> Path:
+    """Return RUN/evaluation; a checkpoint outside a run gets a folder beside it."""
+    return (folder.parents[1] if folder.parent.name == "checkpoints" else folder.parent) / "evaluation"
+
+
+def _report(
+    options: argparse.Namespace,
+    folder: Path,
+    checkpoint: Checkpoint,
+    clips: list[Clip],
+    result: Evaluation,
+    protocol: str,
+) -> dict[str, Any]:
+    return {
+        "split": options.split,
+        "protocol": protocol,
+        "checkpoint": str(folder),
+        "step": checkpoint.state.step,
+        **result.counts.as_dict(),
+        "loss": result.loss if result.loss_clips else None,
+        "loss_clips": result.loss_clips,
+        "blank_rate": result.blank_rate,
+        "unknown_glosses": sum(1 for clip in clips for gloss in clip.glosses if gloss not in checkpoint.vocabulary),
+    }
+
+
+def _write(
+    output: Path,
+    report: dict[str, Any],
+    options: argparse.Namespace,
+    clips: list[Clip],
+    emissions: dict[int, list[Emission]],
+    checkpoint: Checkpoint,
+) -> None:
+    """Write the hypotheses as they were decoded (CTM), the references (STM), and the report last."""
+    seconds = checkpoint.recipe.model.total_stride / options.fps
+    output.mkdir(parents=True, exist_ok=True)
+    write_ctm(
+        output / f"{options.split}.ctm",
+        [
+            CtmRow(
+                id=clip.id,
+                gloss=checkpoint.vocabulary.decode([emission.label])[0],
+                start=emission.start * seconds,
+                duration=emission.frames * seconds,
+            )
+            for index, clip in enumerate(clips)
+            for emission in emissions[index]
+        ],
+    )
+    write_stm(
+        output / f"{options.split}.stm",
+        [StmRow(id=clip.id, glosses=clip.glosses, signer=clip.signer or "unknown") for clip in clips],
+    )
+    write_json(output / f"{options.split}.json", report)
+
+
+def _table(report: dict[str, Any], path: Path) -> str:
+    rows = [
+        ("WER", f"{report['wer']:.2f} %" if report["wer"] is not None else "undefined (no reference words)"),
+        *(
+            (name, str(report[name]))
+            for name in ("substitutions", "deletions", "insertions", "reference_words", "clips")
+        ),
+        ("empty hypotheses", str(report["empty_hypotheses"])),
+        ("blank rate", f"{report['blank_rate']:.3f}"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{report['split']} ({report['protocol']}), checkpoint of step {report['step']}"]
+    return "\n".join([*lines, *(f"  {name:<{width}}  {value}" for name, value in rows), f"written to {path}"])
+
+
+if __name__ == "__main__":
+    exit_on_input_error(main)
