@@ -1,7 +1,7 @@
 """The engine: the one room that knows how a sum becomes a gradient on this hardware.
 
-Plain and DDP here, through Accelerate. Every gradient is that of `sum over the global batch / denominator`, whatever the
-number of ranks or of micro-batches; nothing else in the code asks what the backend is.
+Plain and DDP here, through Accelerate. Every gradient is that of `sum over the global batch / denominator`, whatever
+the number of ranks or of micro-batches; nothing else in the code asks what the backend is.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Engine:
         allowed = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
         if self.accelerator.distributed_type not in allowed:
             raise InputError(
-                f"accelerate runs {self.accelerator.distributed_type}, which this engine does not drive; launch with one "
-                "of accelerate_configs/"
+                f"accelerate runs {self.accelerator.distributed_type}, which this engine does not drive; launch with "
+                "one of accelerate_configs/"
             )
         self.model: nn.Module = nn.Identity()
         self.optimizer: Any = None
@@ -199,16 +199,16 @@ def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
 
 def _check_launcher(recipe: RunRecipe) -> None:
     problems = [
-        f"{variable}: the launch configuration asks for {name}, which this engine does not drive yet; launch with one of "
-        "accelerate_configs/"
+        f"{variable}: the launch configuration asks for {name}, which this engine does not drive yet; launch with one "
+        "of accelerate_configs/"
         for variable, name in _UNSUPPORTED.items()
         if os.environ.get(variable, "false").lower() in ("1", "true")
     ]
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked not in ("no", recipe.mixed_precision):
         problems.append(
-            f"mixed_precision: the launch configuration says {asked}, the recipe {recipe.mixed_precision}; say it in the "
-            "recipe alone (--mixed_precision)"
+            f"mixed_precision: the launch configuration says {asked}, the recipe {recipe.mixed_precision}; say it in "
+            "the recipe alone (--mixed_precision)"
         )
     if problems:
         raise InputError(problems)

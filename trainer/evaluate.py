@@ -1,20 +1,18 @@
-"""Evaluate a checkpoint on a split: `python -m trainer.evaluate --checkpoint RUN --split test`, on one rank or several."""
+"""Evaluate a checkpoint: `python -m trainer.evaluate --checkpoint RUN --split test`, on one rank or several."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-
 from trainer.checkpoint.content import Checkpoint, read_checkpoint
 from trainer.checkpoint.store import find_checkpoint
 from trainer.data.allotment import slot_frames
-from trainer.data.corpus import Clip, feature_dim, read_split
+from trainer.data.corpus import Clip, read_split
 from trainer.data.loader import ClipReader, EvaluationLoader
 from trainer.data.prepare import annotations_of
 from trainer.engine import Engine

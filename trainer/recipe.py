@@ -7,6 +7,7 @@ the command line stay flat (`batch_size: 8`, `--batch_size 8`). The line under a
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ class CorpusRecipe:
     data_dir: str = ""
     """Folder that holds {train,dev,test}/<id>.npz."""
     annotations: str = ""
-    """Folder with {split}.corpus.csv, or a pattern such as ann/{split}.SI5.corpus.csv (default: DATA_DIR/annotations)."""
+    """Folder with {split}.corpus.csv, or a pattern such as ann/{split}.SI5.corpus.csv (default: in DATA_DIR)."""
     allow_missing: bool = False
     """Train without the annotated clips whose feature file is missing, and say which."""
     normalization: Literal["corpus", "clip", "none"] = "corpus"
@@ -152,7 +153,7 @@ class RunRecipe:
     selection_metric: Literal["wer", "loss"] = "wer"
     """Metric of the dev split that chooses the best checkpoint and stops early."""
     early_stopping_patience: NonNegativeInt = 0
-    """Stop after this many validations without a better one (0: never; CTC often rests near 100 % WER for 20 epochs)."""
+    """Stop after this many validations without a better one (0: never; CTC may rest near 100 % for 20 epochs)."""
     target_wer: float | None = None
     """Stop as soon as the dev WER, in percent, is at most this; exit code 1 if it never is."""
     train_wer_clips: NonNegativeInt = 64
@@ -217,7 +218,7 @@ GROUPS: dict[str, type[Any]] = {
 
 FREE_ON_RESUME = frozenset(
     # What may differ between two attempts of one run: where things lie, how the labour is divided, what is reported.
-    [
+    (
         "data_dir",
         "annotations",
         "output_dir",
@@ -233,14 +234,18 @@ FREE_ON_RESUME = frozenset(
         "wandb_project",
         "resume",
         "init_from",
-    ]
+    )
 )
 
 
 def combination_problems(recipe: Recipe) -> list[str]:
     """List what is impossible in combination, each with its mend."""
     corpus, model, opt, run = recipe.corpus, recipe.model, recipe.optimization, recipe.run
-    problems = []
+    problems = [
+        f"{name}: {value} is not a finite number; choose one"
+        for name, value in recipe.flat().items()
+        if isinstance(value, float) and not math.isfinite(value)
+    ]
     if not corpus.data_dir:
         problems.append("data_dir: not given; name the folder that holds train/, dev/ and test/ (--data_dir DIR)")
     if "{" in corpus.annotations and "{split}" not in corpus.annotations:

@@ -40,7 +40,7 @@ def train_step(
 ) -> StepOutcome:
     """Run one optimizer step of the global batch.
 
-    The step is applied or skipped by all ranks together: a gradient that is not finite on one of them is skipped on all.
+    The step is applied or skipped by all ranks together: what is not finite on one of them is skipped on all.
     """
     started = time.perf_counter()
     waited = 0.0

@@ -78,8 +78,8 @@ def build_run(recipe: Recipe, engine: Engine, progress: Progress, stop: StopRequ
     if engine.is_main:
         store.discard_after(state.step, progress.say)
     progress.say(
-        f"{recipe.model.model}: {parameters / 1e6:.1f} M parameters; {len(corpus.train)} training and {len(corpus.dev)} dev "
-        f"clips, {len(corpus.vocabulary) - 1} glosses, D = {corpus.normalization.feature_dim}; global batch "
+        f"{recipe.model.model}: {parameters / 1e6:.1f} M parameters; {len(corpus.train)} training and "
+        f"{len(corpus.dev)} dev clips, {len(corpus.vocabulary) - 1} glosses, D = {corpus.normalization.feature_dim}; global batch "
         f"{recipe.global_batch_size(engine.world_size)} clips on {engine.world_size} rank(s)"
     )
     return TrainingRun(
@@ -192,8 +192,8 @@ def _check_corpus(
             progress.say("warning: the feature files changed since the last attempt; all were checked again")
     if engine.world_size > len(corpus.train):
         raise InputError(
-            f"{recipe.corpus.data_dir}: {len(corpus.train)} training clips for {engine.world_size} ranks; start at most "
-            "as many ranks as there are clips"
+            f"{recipe.corpus.data_dir}: {len(corpus.train)} training clips for {engine.world_size} ranks; start at "
+            "most as many ranks as there are clips"
         )
     if corpus.infeasible:
         progress.say(

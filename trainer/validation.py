@@ -18,7 +18,7 @@ from trainer.scoring.wer import WerCounts
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Result of a split. `loss` is the mean CTC loss per gloss over the `loss_clips` clips that have one (NaN: none)."""
+    """Result of a split; `loss` is the mean over `loss_clips` clips of CTC loss per gloss, NaN if none has one."""
 
     counts: WerCounts
     loss: float

@@ -42,6 +42,8 @@ class RunState:
     """Validations without a better one."""
     skipped_steps: int = 0
     """Steps skipped because the gradient was not finite."""
+    first_wer: float | None = None
+    """Dev WER before training, in percent."""
     best_wer: float | None = None
     """Lowest dev WER so far, in percent."""
     last_validation: int = -1

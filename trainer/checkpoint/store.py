@@ -85,8 +85,8 @@ class CheckpointStore:
 def find_checkpoint(path: Path, *, prefer: str = "best") -> Path:
     """Return the checkpoint folder that a user means.
 
-    `path` is a checkpoint, a run (its best checkpoint, else its last), or RUN/checkpoints/best or /last. Raises `InputError`
-    if there is none.
+    `path` is a checkpoint, a run (its best checkpoint, else its last), or RUN/checkpoints/best or /last. Raises
+    `InputError` if there is none.
     """
     if (path / MANIFEST).is_file():
         return path

@@ -50,7 +50,7 @@ class FeatureTeacher(nn.Module):
         frames = self.embed(features)
         silence = frames.new_zeros(layout.length, frames.shape[1])
         laid_out = silence.index_copy(0, layout.frame_positions, frames)
-        # Postures reach the BiLSTM directly too: it learns from them while the network in time is still finding its way.
+        # Postures reach the BiLSTM directly too: it learns from them while the network in time finds its way.
         postures = mean_frames(laid_out, layout, self.total_stride)
         return self.head(torch.cat([self.inception(laid_out, layout), postures], dim=1), layout)
 

@@ -22,8 +22,8 @@ def find_red_flags(metrics: Mapping[str, Any], *, epoch: int, warmup_epochs: flo
         )
     elif metrics["val/wer"] > 95 and metrics.get("train/wer", 100.0) > 95:
         flags.append(
-            f"red flag: WER {metrics['val/wer']:.1f} % in dev and training after {epoch} epochs; usual causes: features "
-            "and annotations that do not belong together, or too few steps; try --config configs/overfit.yaml"
+            f"red flag: WER {metrics['val/wer']:.1f} % in dev and training after {epoch} epochs; usual causes: "
+            "features and annotations that do not belong together, or too few steps; try --config configs/overfit.yaml"
         )
     elif metrics["val/wer"] > 80 and metrics.get("train/wer", 100.0) < 20:
         flags.append(
