@@ -28,9 +28,9 @@ class TimeLayout:
 
     `output_lengths`: output frames of each clip, on the host. `frame_positions` `[N]`: time position of each dense
     frame. `masks`: per temporal stride, `[L / stride, 1]`, one on clips and zero in guards. `rnn_positions` `[M]`:
-    the output positions in the order of a packed sequence (time first, longest clip first); `rnn_batch_sizes` stays on the
-    host. `dense_order` `[M]` brings that order back to clip after clip. `row_seeds` `[M]`: one int32 per output frame,
-    in packed order, that dropout is drawn from; None in evaluation.
+    the output positions in the order of a packed sequence (time first, longest clip first); `rnn_batch_sizes` stays on
+    the host. `dense_order` `[M]` brings that order back to clip after clip. `row_seeds` `[M]`: one int32 per
+    output frame, in packed order, that dropout is drawn from; None in evaluation.
     """
 
     output_lengths: tuple[int, ...]

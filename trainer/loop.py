@@ -192,6 +192,8 @@ class TrainingRun:
         state = self.state
         value = result.counts.wer if self.recipe.run.selection_metric == "wer" else result.loss
         state.last_validation = state.step
+        if state.first_wer is None:
+            state.first_wer = result.counts.wer
         state.best_wer = min(result.counts.wer, state.best_wer if state.best_wer is not None else result.counts.wer)
         if state.step and (state.best is None or value < state.best):
             state.best, state.best_step, state.validations_since_best = value, state.step, 0
@@ -261,11 +263,12 @@ class TrainingRun:
 
     def _summary(self, reason: str) -> str:
         state, run = self.state, self.recipe.run
-        best = (
-            ""
-            if state.best is None
-            else f"; best dev {run.selection_metric} {state.best:.4g} at step {state.best_step}"
-        )
+        best = ""
+        if state.best is not None and state.best_wer is not None and state.first_wer is not None:
+            best = (
+                f"; dev WER {state.first_wer:.2f} % before, {state.best_wer:.2f} % at best; best {run.selection_metric} "
+                f"{state.best:.4g} at step {state.best_step}"
+            )
         goal = ""
         if run.target_wer is not None and not reason.startswith(("reached", "stopped")):
             goal = f"; target WER {run.target_wer} % NOT reached"

@@ -79,8 +79,8 @@ def build_run(recipe: Recipe, engine: Engine, progress: Progress, stop: StopRequ
         store.discard_after(state.step, progress.say)
     progress.say(
         f"{recipe.model.model}: {parameters / 1e6:.1f} M parameters; {len(corpus.train)} training and "
-        f"{len(corpus.dev)} dev clips, {len(corpus.vocabulary) - 1} glosses, D = {corpus.normalization.feature_dim}; global batch "
-        f"{recipe.global_batch_size(engine.world_size)} clips on {engine.world_size} rank(s)"
+        f"{len(corpus.dev)} dev clips, {len(corpus.vocabulary) - 1} glosses, D = {corpus.normalization.feature_dim}; "
+        f"global batch {recipe.global_batch_size(engine.world_size)} clips on {engine.world_size} rank(s)"
     )
     return TrainingRun(
         recipe=recipe,

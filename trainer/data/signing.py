@@ -128,7 +128,7 @@ def invent_signer(index: int, seed: int) -> Signer:
     """Invent the signer of this index; how many others there are changes nothing."""
     rng = np.random.default_rng([seed, _SIGNER, index])
     return Signer(
-        tempo=float(np.exp(rng.normal(0.0, 0.15))),
+        tempo=float(np.exp(rng.normal(0.0, 0.12))),
         amplitude=float(np.exp(rng.normal(0.0, 0.1))),
         mirroring=float(rng.uniform(0.0, 0.4)),
         style=np.eye(LATENTS) + rng.normal(0.0, 0.03, (LATENTS, LATENTS)),
@@ -155,7 +155,8 @@ def invent_sensor(feature_dim: int, derivatives: int, shares: Sequence[float], s
         mixing[seen, begin:end] = rng.normal(0.0, len(seen) ** -0.5, (len(seen), end - begin))
     gains = 10.0 ** rng.uniform(-2.0, 1.0, coordinates)
     # Real extractors have dimensions that never move: whoever divides by their deviation should notice here.
-    gains[rng.choice(coordinates, size=max(1, coordinates // 200), replace=False)] = 0.0
+    # They lie in the face, since a lost hand would move them.
+    gains[hands + rng.choice(coordinates - hands, size=max(1, coordinates // 200), replace=False)] = 0.0
     offsets = rng.uniform(-2.0, 2.0, coordinates) * np.where(gains > 0.0, gains, 1.0)
     return Sensor(streams=streams, mixing=mixing, gains=gains, offsets=offsets, derivatives=derivatives)
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 import zipfile
@@ -39,14 +38,15 @@ class _Defaults(NamedTuple):
     vocabulary_size: int
     feature_dim: int
     signers: int
+    mean_frames: int
     derivatives: int
     stream_shares: tuple[float, float, float]  # pose, hands, face
 
 
 _DEFAULTS = {
-    "demo": _Defaults(16, 96, 10, 0, (0.2, 0.45, 0.35)),
+    "demo": _Defaults(16, 96, 10, 44, 0, (0.2, 0.45, 0.35)),
     # MediaPipe Holistic: 33 body, 42 hand and 468 face points of three coordinates, and three differences.
-    "full": _Defaults(1295, 6516, 9, 3, (99, 126, 1404)),
+    "full": _Defaults(1295, 6516, 9, 141, 3, (99, 126, 1404)),
 }
 
 
@@ -160,7 +160,7 @@ def _draw_lengths(spec: SyntheticSpec, rng: np.random.Generator) -> tuple[int, i
         frames, glosses = draw_phoenix_lengths(1, int(rng.integers(2**62)))
     else:
         glosses = rng.integers(3, 7, size=1)
-        frames = np.clip(np.rint(4 + glosses * rng.uniform(7.5, 10.0)), 20, 60).astype(np.int64)
+        frames = np.clip(np.rint(4 + glosses * rng.uniform(8.0, 10.0)), 20, 60).astype(np.int64)
     repeats = draw_adjacent_repeats(frames, glosses, int(rng.integers(2**62)))
     most = 1 if spec.size == "demo" else int(glosses[0]) - signing.ANCHORS
     return int(frames[0]), int(glosses[0]), min(int(repeats[0]), most)
@@ -195,12 +195,15 @@ def write_corpus(spec: SyntheticSpec, out: Path, log: Callable[[str], None] = pr
 
     `out/{train,dev,test}/<id>.npz` hold `features` float32 [T, D], `out/annotations/{split}.corpus.csv` hold
     `id|folder|signer|annotation` as PHOENIX writes it, and `out/synthetic.json` the spec, the streams' columns
-    and the signers. Raises `InputError` when `out` exists and is not an empty directory, or cannot be written.
+    and the signers. Raises `InputError` when `out` exists and is not an empty directory, cannot be written or
+    does not fit on its disk.
     """
+    out = out.resolve()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"{out} exists and is not an empty directory: remove it or choose another --out")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(spec, out.parent)
         # A sibling, so that the rename stays within one file system.
         scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         try:
@@ -208,13 +211,24 @@ def write_corpus(spec: SyntheticSpec, out: Path, log: Callable[[str], None] = pr
             corpus = scratch / "corpus"
             (corpus / "annotations").mkdir(parents=True)
             summaries = [_write_split(spec, split, corpus, log) for split in SPLITS]
-            (corpus / "synthetic.json").write_text(json.dumps(_describe(spec), indent=2) + "\n")
-            os.rename(corpus, out)
+            (corpus / "synthetic.json").write_text(json.dumps(_describe(spec), indent=2) + "\n", encoding="utf-8")
+            corpus.rename(out)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror}; choose another --out") from error
     return summaries
+
+
+def _check_space(spec: SyntheticSpec, directory: Path) -> None:
+    clips = sum(spec.clips_of(split) for split in SPLITS)
+    needed = clips * _DEFAULTS[spec.size].mean_frames * spec.feature_dim * np.dtype(np.float32).itemsize
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise InputError(
+            f"the corpus takes about {needed / 1e9:.1f} GB, {directory} has {free / 1e9:.1f} GB left: "
+            "lower --clips or --feature_dim, or choose another --out"
+        )
 
 
 def _write_split(spec: SyntheticSpec, split: str, corpus: Path, log: Callable[[str], None]) -> SplitSummary:
@@ -230,7 +244,7 @@ def _write_split(spec: SyntheticSpec, split: str, corpus: Path, log: Callable[[s
     with ThreadPoolExecutor() as pool:
         lines, frames, glosses, sizes = zip(*pool.map(write, range(spec.clips_of(split))), strict=True)
     annotations = ["id|folder|signer|annotation", *lines]
-    (corpus / "annotations" / f"{split}.corpus.csv").write_text("\n".join(annotations) + "\n")
+    (corpus / "annotations" / f"{split}.corpus.csv").write_text("\n".join(annotations) + "\n", encoding="utf-8")
     summary = SplitSummary(split, len(lines), sum(frames), sum(glosses), sum(sizes))
     log(f"{split}: {summary.clips} clips")
     return summary

@@ -1,0 +1,39 @@
+# Everything a newcomer needs: `make demo` trains, resumes and evaluates; `make test` runs the tests.
+PYTHON ?= python3.11
+BIN := .venv/bin
+LAUNCH := OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file accelerate_configs/multi_cpu.yaml
+
+.PHONY: setup demo test test-slow check format clean
+
+setup: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# Two real ranks on the CPU. The first attempt stops halfway on purpose; the second one goes on where it was.
+demo: setup
+	rm -rf demo
+	$(BIN)/signscale synth --layout features --out demo/corpus --clips 240 --seed 7
+	$(LAUNCH) -m trainer.train --config configs/demo.yaml --stop_after_steps 200
+	$(LAUNCH) -m trainer.train --config configs/demo.yaml --resume auto
+	$(LAUNCH) -m trainer.evaluate --checkpoint demo/run --split test
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv demo runs build *.egg-info

@@ -1,0 +1,93 @@
+"""`signscale synth`: write a synthetic corpus."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from pathlib import Path
+from typing import NoReturn
+
+from trainer.data.synthetic import EVALUATION_SHARE, SplitSummary, SyntheticSpec, write_corpus
+from trainer.errors import InputError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Report bad flags as every other mistake of the user is reported."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{self.prog}: {message}")
+
+
+def _build_parser() -> _Parser:
+    parser = _Parser(
+        prog="signscale synth",
+        description="Write a synthetic corpus: OUT/{train,dev,test}/<id>.npz and OUT/annotations. The same "
+        "flags give the same bytes; more --clips at the same --vocabulary continue the smaller corpus.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--layout", choices=["features"], default="features", help="what a clip is: features per frame")
+    add("--out", type=Path, required=True, metavar="DIR", help="directory to create (or an empty one)")
+    add(
+        "--clips",
+        type=int,
+        required=True,
+        metavar="N",
+        help=f"training clips; dev and test get 1/{1 / EVALUATION_SHARE:g} of that each, at least 4",
+    )
+    add("--seed", type=int, default=0, metavar="S", help="seed of language, signers and clips (default 0)")
+    add(
+        "--size",
+        choices=["demo", "full"],
+        default="demo",
+        help="demo: 3-6 glosses in 20-60 frames; full: the lengths of PHOENIX-2014 at 25 frames per second, "
+        "about 4 MB a clip (default demo)",
+    )
+    add(
+        "--vocabulary",
+        type=int,
+        default=0,
+        metavar="V",
+        help="glosses (default 16 or 1295 by size; fewer where --clips cannot show each three times)",
+    )
+    add("--feature_dim", type=int, default=0, metavar="D", help="features per frame (default 96 or 6516)")
+    add("--signers", type=int, default=0, help="signers, a quarter of them not in train (default 10 or 9)")
+    return parser
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = _build_parser()
+    known = [flag for action in parser._actions for flag in action.option_strings]
+    # Before anything else: a misspelled --clips should not be reported as a missing one.
+    for flag in (argument.split("=")[0] for argument in argv if argument.startswith("--")):
+        if flag not in known:
+            nearest = difflib.get_close_matches(flag, known, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else "--help lists the options"
+            raise InputError(f"{parser.prog}: unknown option {flag}; {hint}")
+    return parser.parse_args(argv)
+
+
+def _tabulate(summaries: list[SplitSummary]) -> str:
+    rows = [("split", "clips", "frames", "glosses", "MB")]
+    rows += [(s.split, f"{s.clips}", f"{s.frames}", f"{s.glosses}", f"{s.bytes / 1e6:.1f}") for s in summaries]
+    return "\n".join(f"{row[0]:<6}" + "".join(f"{cell:>10}" for cell in row[1:]) for row in rows)
+
+
+def main(argv: list[str]) -> int:
+    """Write the corpus the flags ask for and print what it holds. Raises `InputError` on a bad value."""
+    options = _parse(argv)
+    spec = SyntheticSpec(
+        clips=options.clips,
+        seed=options.seed,
+        size=options.size,
+        vocabulary_size=options.vocabulary,
+        feature_dim=options.feature_dim,
+        signers=options.signers,
+    )
+    summaries = write_corpus(spec, options.out)
+    print(_tabulate(summaries))
+    print(
+        f"{options.out}: vocabulary {spec.vocabulary_size}, D = {spec.feature_dim}, {spec.signers} signers "
+        f"({spec.held_out_signers} of them in dev and test only)"
+    )
+    return 0

@@ -1,0 +1,93 @@
+"""What tests share: a small synthetic corpus, the real one where it is there, and real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.data.synthetic import SyntheticSpec, write_corpus
+
+ROOT = Path(__file__).parents[1]
+REAL = ROOT.parent / "shared" / "data"
+
+# A model of a few thousand parameters: what is tested is the machinery around it.
+TINY = ["--width", "0.02", "--rnn_size", "12", "--rnn_layers", "1", "--trackers", "[]", "--train_wer_clips", "0"]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A synthetic corpus of 40 training clips."""
+    out = tmp_path_factory.mktemp("corpus") / "synthetic"
+    write_corpus(SyntheticSpec(clips=40, seed=3, vocabulary_size=8, feature_dim=32), out, lambda text: None)
+    return out
+
+
+@pytest.fixture(scope="session")
+def coffee() -> Path:
+    """Real recordings, where they are there."""
+    folder = REAL / "asl_coffee"
+    if not folder.is_dir():
+        pytest.skip("the asl_coffee recordings are not beside this checkout")
+    return folder
+
+
+def environment() -> dict[str, str]:
+    """The environment of a test process: one thread, and none of the launcher's variables of an outer run."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "WANDB_", "RANK", "WORLD_SIZE"))}
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
+
+
+def command(world_size: int, module: str, arguments: Sequence[str]) -> list[str]:
+    """The command line of `world_size` real processes: plain python for one, accelerate launch for more."""
+    if world_size == 1:
+        return [sys.executable, *([module] if module.endswith(".py") else ["-m", module]), *arguments]
+    config = ROOT / "accelerate_configs" / "multi_cpu.yaml"
+    target = [module] if module.endswith(".py") else ["-m", module]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    return [*launcher, "--num_processes", str(world_size), *target, *arguments]
+
+
+def launch(
+    world_size: int, module: str, arguments: Sequence[str], *, check: bool = True, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run real processes to their end."""
+    done = subprocess.run(
+        command(world_size, module, [str(a) for a in arguments]),
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    if check and done.returncode:
+        pytest.fail(f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+    return done
+
+
+def train(world_size: int, corpus: Path, output_dir: Path, *arguments: str, check: bool = True) -> Any:
+    """Train the tiny model."""
+    flags = ["--data_dir", corpus, "--output_dir", output_dir, *TINY, *arguments]
+    return launch(world_size, "trainer.train", [str(flag) for flag in flags], check=check)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """Read a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def column(run: Path, name: str) -> list[float]:
+    """One metric over the lines that have it."""
+    return [row[name] for row in metrics(run) if name in row]
+
+
+def weights(run: Path) -> bytes:
+    """The bytes of the last checkpoint's weights."""
+    name = json.loads((run / "checkpoints" / "last.json").read_text())["checkpoint"]
+    return (run / "checkpoints" / name / "model.safetensors").read_bytes()

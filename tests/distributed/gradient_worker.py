@@ -1,0 +1,43 @@
+"""Write the gradient of the first global batch, before clipping, to a file: OUT CORPUS RUN BUDGET."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from tests.conftest import TINY
+from trainer.engine import Engine
+from trainer.observe.progress import Progress
+from trainer.parsing import parse_recipe
+from trainer.signals import StopRequest
+from trainer.step import train_step
+from trainer.train import build_run
+
+
+def main(out: str, corpus: str, run_dir: str, budget: str) -> None:
+    """Run forward and backward of one step, and keep what the optimizer would have got."""
+    flags = ["--data_dir", corpus, "--output_dir", run_dir, "--dropout", "0.2", "--max_frames_per_microbatch", budget]
+    recipe = parse_recipe([*TINY, *flags, "--batch_size", "10"])
+    engine = Engine(recipe.run)
+    run = build_run(recipe, engine, Progress(enabled=False), StopRequest())
+    steps = run.loader.steps(
+        0, 0, size=run.batch_size, rank=engine.rank, world_size=engine.world_size, budget=run.budget
+    )
+    share, cells = next(steps)
+    kept = {}
+
+    def keep(learning_rate: float) -> None:
+        kept.update({name: p.grad.clone() for name, p in engine.module.named_parameters() if p.grad is not None})
+
+    engine.step = keep  # type: ignore[method-assign]
+    train_step(engine, share, cells, learning_rate=0.0, gradient_clip=0.0, label_smoothing=0.0, stop_requested=False)
+    steps.close()
+    if engine.is_main:
+        save_file(kept, Path(out))
+    engine.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
