@@ -170,9 +170,7 @@ def test_one_message_for_all_ranks(broken: Path, tmp_path: Path) -> None:
 
 
 def test_exit_code_two_and_all_problems_at_once() -> None:
-    done = launch(
-        1, "trainer.train", ["--optimzer", "adam", "--epochs", "none", "--betas", "0.9", "1.5"], check=False
-    )
+    done = launch(1, "trainer.train", ["--optimzer", "adam", "--epochs", "none", "--betas", "0.9", "1.5"], check=False)
     assert done.returncode == 2
     assert "did you mean --optimizer?" in done.stderr
     for name in ("epochs", "betas", "data_dir"):

@@ -25,9 +25,7 @@ ALL = [*DECAYING, "constant"]
 
 def rates(recipe: OptimizationRecipe, *, epochs: int, clips: int, batch: int, peak: float | None = None) -> np.ndarray:
     """Return the learning rate of every optimizer step of a run."""
-    ends = [
-        epoch + min(start + batch, clips) / clips for epoch in range(epochs) for start in range(0, clips, batch)
-    ]
+    ends = [epoch + min(start + batch, clips) / clips for epoch in range(epochs) for start in range(0, clips, batch)]
     peak = recipe.learning_rate if peak is None else peak
     return np.array([learning_rate(end, total_epochs=epochs, peak=peak, recipe=recipe) for end in ends])
 

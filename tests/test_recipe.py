@@ -17,12 +17,38 @@ from trainer.recipe import FREE_ON_RESUME, BatchRecipe, CorpusRecipe, Optimizati
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
-FLAGS_RESEARCHERS_USE = """
-    model data_dir annotations output_dir batch_size gradient_accumulation_steps epochs max_steps learning_rate min_lr
-    warmup_epochs scheduler optimizer weight_decay betas dropout gradient_clip label_smoothing mixup_alpha augment
-    num_workers early_stopping_patience seed log_every resume init_from batch_scaling max_frames_per_microbatch
-    loss_normalization allow_missing
-""".split()
+FLAGS_RESEARCHERS_USE = [
+    "model",
+    "data_dir",
+    "annotations",
+    "output_dir",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "epochs",
+    "max_steps",
+    "learning_rate",
+    "min_lr",
+    "warmup_epochs",
+    "scheduler",
+    "optimizer",
+    "weight_decay",
+    "betas",
+    "dropout",
+    "gradient_clip",
+    "label_smoothing",
+    "mixup_alpha",
+    "augment",
+    "num_workers",
+    "early_stopping_patience",
+    "seed",
+    "log_every",
+    "resume",
+    "init_from",
+    "batch_scaling",
+    "max_frames_per_microbatch",
+    "loss_normalization",
+    "allow_missing",
+]
 
 
 def parse(*flags: str) -> Recipe:

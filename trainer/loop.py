@@ -266,8 +266,8 @@ class TrainingRun:
         best = ""
         if state.best is not None and state.best_wer is not None and state.first_wer is not None:
             best = (
-                f"; dev WER {state.first_wer:.2f} % before, {state.best_wer:.2f} % at best; best {run.selection_metric} "
-                f"{state.best:.4g} at step {state.best_step}"
+                f"; dev WER {state.first_wer:.2f} % before, {state.best_wer:.2f} % at best; best "
+                f"{run.selection_metric} {state.best:.4g} at step {state.best_step}"
             )
         goal = ""
         if run.target_wer is not None and not reason.startswith(("reached", "stopped")):

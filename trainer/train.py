@@ -75,8 +75,9 @@ def build_run(recipe: Recipe, engine: Engine, progress: Progress, stop: StopRequ
         state = resumed.state
     state.corpus, state.world_size = corpus.fingerprint, engine.world_size
     engine.on_main(lambda: record(recipe, world_size=engine.world_size, device=str(engine.device)))
-    if engine.is_main:
-        store.discard_after(state.step, progress.say)
+    if not engine.on_main(lambda: store.go_back_to(state, progress.say)):
+        # The best checkpoint went with the steps that were lost: the next validation is the best one again.
+        state.best = state.best_step = None
     progress.say(
         f"{recipe.model.model}: {parameters / 1e6:.1f} M parameters; {len(corpus.train)} training and "
         f"{len(corpus.dev)} dev clips, {len(corpus.vocabulary) - 1} glosses, D = {corpus.normalization.feature_dim}; "

@@ -78,9 +78,7 @@ def make_loader(
 ) -> TrainingLoader:
     return TrainingLoader(
         reader=corpus.reader,
-        plan=make_plan(
-            corpus.clips, total_stride=STRIDE, seed=1, augmentation=augmentation, mixup_alpha=mixup_alpha
-        ),
+        plan=make_plan(corpus.clips, total_stride=STRIDE, seed=1, augmentation=augmentation, mixup_alpha=mixup_alpha),
         vocabulary=corpus.vocabulary,
         objective=ObjectiveRecipe(loss_normalization=cast(Any, loss_normalization), mixup_alpha=mixup_alpha),
         num_workers=num_workers,

@@ -206,11 +206,7 @@ def test_shares_follow_the_beta_distribution_folded_at_one_half() -> None:
     alpha = 0.4
     plan = make_plan(400, mixup_alpha=alpha)
     shares = np.concatenate(
-        [
-            batch.shares[batch.partners != batch.clips]
-            for epoch in range(20)
-            for batch in plan.batches(epoch, 100)
-        ]
+        [batch.shares[batch.partners != batch.clips] for epoch in range(20) for batch in plan.batches(epoch, 100)]
     )
     draws = np.random.default_rng(0).beta(alpha, alpha, 200_000)
     expected = np.maximum(draws, 1 - draws)

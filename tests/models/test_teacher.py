@@ -359,7 +359,7 @@ def test_classes_are_matched_and_new_ones_keep_their_fresh_weights() -> None:
 def test_weights_of_another_architecture_are_refused_and_change_nothing(options: dict[str, Any]) -> None:
     target = make_teacher()
     before = {name: value.clone() for name, value in target.state_dict().items()}
-    with pytest.raises(InputError, match="runs/other: .*use the model options it was trained with"):
+    with pytest.raises(InputError, match=r"runs/other: .*use the model options it was trained with"):
         load_weights(target, make_teacher(**options).state_dict(), where="runs/other")
     assert all(torch.equal(target.state_dict()[name], value) for name, value in before.items())
 

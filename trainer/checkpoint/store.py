@@ -8,7 +8,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from trainer.checkpoint.content import Checkpoint
+from safetensors import SafetensorError
+
+from trainer.checkpoint.content import Checkpoint, RunState
 from trainer.checkpoint.manifest import MANIFEST, find_damage, write_manifest
 from trainer.errors import InputError
 from trainer.files import sync_folder, write_json
@@ -26,8 +28,18 @@ class CheckpointStore:
     def publish(self, checkpoint: Checkpoint, *, is_best: bool) -> Path:
         """Write a checkpoint aside, checksum it, rename it into place, point to it, and only then prune.
 
-        A crash at any point leaves the previous checkpoints and their pointers whole.
+        A crash at any point leaves the previous checkpoints and their pointers whole. Raises `InputError` if the disk
+        is full or not writable.
         """
+        try:
+            return self._publish(checkpoint, is_best=is_best)
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"{self.folder}: checkpoint of step {checkpoint.state.step} cannot be written ({error}); free space or "
+                "mend the rights, then go on with --resume auto"
+            ) from error
+
+    def _publish(self, checkpoint: Checkpoint, *, is_best: bool) -> Path:
         final = self.folder / f"step-{checkpoint.state.step:09d}"
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f".{final.name}.tmp"
@@ -40,9 +52,9 @@ class CheckpointStore:
             shutil.rmtree(final)
         temporary.replace(final)
         sync_folder(self.folder)
-        write_json(self.folder / "last.json", {"checkpoint": final.name})
+        self._point("last", checkpoint.state.step)
         if is_best:
-            write_json(self.folder / "best.json", {"checkpoint": final.name, "value": checkpoint.state.best})
+            self._point("best", checkpoint.state.step, checkpoint.state.best)
         self._prune()
         return final
 
@@ -63,16 +75,32 @@ class CheckpointStore:
             log(f"warning: {damage}; passing over this checkpoint to the one before")
         return None
 
-    def discard_after(self, step: int, log: Callable[[str], None]) -> None:
-        """Remove checkpoints newer than `step` (damaged ones, once a run has gone back behind them) and leftovers."""
+    def go_back_to(self, state: RunState, log: Callable[[str], None]) -> bool:
+        """Make the folder what it was when `state` was saved, so that no pointer leads past it.
+
+        Checkpoints after it are renamed, not deleted, and leftovers of a broken attempt go. Returns whether the best
+        checkpoint of `state` is still there.
+        """
         if not self.folder.is_dir():
-            return
-        for newer in (s for s in self.steps() if s > step):
-            log(f"removing checkpoint step {newer}: the run goes on from step {step}")
-            shutil.rmtree(self.folder / f"step-{newer:09d}")
+            return False
+        for step in (step for step in self.steps() if step > state.step):
+            name, aside = f"step-{step:09d}", f"passed-over-{step:09d}"
+            log(f"the run goes on from step {state.step}: checkpoint {name} is set aside as {aside}")
+            shutil.rmtree(self.folder / aside, ignore_errors=True)
+            (self.folder / name).replace(self.folder / aside)
         for leftover in self.folder.glob(".step-*.tmp"):
             log(f"removing {leftover.name}: an attempt ended while writing it")
             shutil.rmtree(leftover)
+        (self.folder / "best.json").unlink(missing_ok=True)
+        steps = self.steps()
+        if state.best_step in steps:
+            self._point("best", state.best_step, state.best)
+        if state.step in steps:
+            self._point("last", state.step)
+        return state.best_step in steps
+
+    def _point(self, name: str, step: int | None, value: float | None = None) -> None:
+        write_json(self.folder / f"{name}.json", {"checkpoint": f"step-{step:09d}", "value": value})
 
     def _prune(self) -> None:
         pointers = (self.folder / name for name in ("best.json", "last.json"))
