@@ -15,7 +15,7 @@ setup: .venv/.installed
 # Two real ranks on the CPU. The first attempt stops halfway on purpose; the second one goes on where it was.
 demo: setup
 	rm -rf demo
-	$(BIN)/signscale synth --layout features --out demo/corpus --clips 240 --seed 7
+	$(BIN)/signscale synth --layout features --out demo/corpus --clips 256 --seed 7
 	$(LAUNCH) -m trainer.train --config configs/demo.yaml --stop_after_steps 200
 	$(LAUNCH) -m trainer.train --config configs/demo.yaml --resume auto
 	$(LAUNCH) -m trainer.evaluate --checkpoint demo/run --split test

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import copy
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -55,14 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     print(f"load {_load()} on {os.cpu_count()} cores; {args.steps} pairs of steps after {args.warmup} for warming up")
     headings = "".join(
-        f"{name:>9}" for name in ("trainer", "bare", "overhead", "min", "q25", "q75", "max", "cpu", "reading")
+        f"{name:>9}" for name in ("trainer", "bare", "overhead", "from", "to", "min", "max", "cpu", "reading")
     )
     print(f"{'processes':>9}{headings}")
     figures: dict[str, Any] = {"steps": args.steps, "num_workers": args.num_workers, "feature_dim": args.feature_dim}
     for world_size in WORLD_SIZES:
         with tempfile.TemporaryDirectory() as folder:
             figures |= report(world_size, launch(args, Path(folder), world_size))
-    print(f"load {_load()}; bar: overhead <= {100 * BAR:.0f} %")
+    print(f"load {_load()}; from, to: 95 % interval of the median overhead; bar: overhead <= {100 * BAR:.0f} %")
     print(json.dumps(figures))
     return 0
 
@@ -108,8 +109,8 @@ def launch(args: argparse.Namespace, folder: Path, world_size: int) -> dict[str,
 def write_clips(args: argparse.Namespace, folder: Path, world_size: int) -> None:
     """Write a synthetic corpus of full-size clips: several steps an epoch, none of them cut short."""
     clips = args.clips_per_rank * world_size * 6
-    size = "demo" if args.quick else "full"
-    write_corpus(SyntheticSpec(clips=clips, size=size, feature_dim=args.feature_dim), folder, log=lambda _: None)
+    spec = SyntheticSpec(clips=clips, size="demo" if args.quick else "full", feature_dim=args.feature_dim)
+    write_corpus(spec, folder, log=lambda _: None)
 
 
 class Turn(NamedTuple):
@@ -123,16 +124,15 @@ def report(world_size: int, measured: dict[str, Any]) -> dict[str, Any]:
     """Print a row and return its figures: the overhead is the median of the paired ratios, less one."""
     trainer, bare = ([Turn(*turn) for turn in measured[loop]] for loop in ("trainer", "bare"))
     ratios = [ours.wall / theirs.wall - 1.0 for ours, theirs in zip(trainer, bare, strict=True)]
-    # Of one pair there are no quartiles.
-    low, overhead, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    overhead, (low, high) = statistics.median(ratios), median_interval(ratios)
     cpu_overhead = statistics.median(ours.cpu / theirs.cpu - 1.0 for ours, theirs in zip(trainer, bare, strict=True))
     seconds, bare_seconds = (statistics.median(turn.wall for turn in loop) for loop in (trainer, bare))
-    shares = (overhead, min(ratios), low, high, max(ratios), cpu_overhead, measured["data_wait"])
+    shares = (overhead, low, high, min(ratios), max(ratios), cpu_overhead, measured["data_wait"])
     columns = "".join(f"{100 * share:7.2f} %" for share in shares)
     print(f"{world_size:>9}{seconds:7.3f} s{bare_seconds:7.3f} s{columns}", flush=True)
     return {
         f"overhead_{world_size}": round(overhead, 5),
-        f"overhead_quartiles_{world_size}": [round(low, 5), round(high, 5)],
+        f"overhead_interval_{world_size}": [round(low, 5), round(high, 5)],
         f"overhead_range_{world_size}": [round(min(ratios), 5), round(max(ratios), 5)],
         f"overhead_total_{world_size}": round(sum(t.wall for t in trainer) / sum(b.wall for b in bare) - 1.0, 5),
         f"cpu_overhead_{world_size}": round(cpu_overhead, 5),
@@ -141,6 +141,13 @@ def report(world_size: int, measured: dict[str, Any]) -> dict[str, Any]:
         f"data_wait_{world_size}": round(measured["data_wait"], 5),
         f"weights_difference_{world_size}": measured["weights_difference"],
     }
+
+
+def median_interval(ratios: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % confidence interval of the median, by order statistics: all of them if there are few."""
+    ordered, count = sorted(ratios), len(ratios)
+    first = max(0, math.floor((count - 1.96 * math.sqrt(count)) / 2))
+    return ordered[first], ordered[count - 1 - first]
 
 
 def run_worker(args: argparse.Namespace, folder: Path) -> None:

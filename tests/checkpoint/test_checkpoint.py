@@ -295,6 +295,21 @@ def test_a_crash_while_writing_leaves_checkpoints_and_pointers_untouched(
     assert checkpoints.steps()[0] == 3
 
 
+def test_a_run_that_is_to_keep_fewer_deletes_none_before_the_next_is_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2, 3):
+        publish(CheckpointStore(tmp_path, keep=3), step)
+    fewer = CheckpointStore(tmp_path, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "sync_folder", crash)
+        with pytest.raises(KeyboardInterrupt):
+            publish(fewer, 4)
+    assert fewer.steps() == [4, 3, 2, 1]
+    publish(fewer, 5)
+    assert fewer.steps() == [5]
+
+
 @pytest.mark.parametrize("pointer", ["last.json", "best.json"])
 def test_a_crash_between_publishing_and_pointing_loses_neither_the_new_nor_the_old(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pointer: str

@@ -28,6 +28,7 @@ from trainer.data.loader import (
 from trainer.data.normalization import from_moments
 from trainer.data.vocabulary import Vocabulary
 from trainer.errors import InputError
+from trainer.layout import lay_out
 from trainer.objectives.ctc import ctc_objective
 from trainer.recipe import ObjectiveRecipe
 
@@ -169,6 +170,10 @@ def test_augmented_and_mixed_content_is_the_same_on_any_hardware_and_as_the_plan
                 dense = cell.layout.row_seeds[cell.layout.dense_order].split(list(cell.layout.output_lengths))
                 for clip, seed in zip(cell.clips, dense, strict=True):
                     assert torch.equal(seeds.setdefault(clip, seed), seed)
+                    key = plan.dropout_keys(2)[[clip]]
+                    alone_ = lay_out(np.array([frames[clip]]), STRIDE, key).row_seeds
+                    assert alone_ is not None
+                    assert torch.equal(seed, alone_)
     assert sorted(reference) == list(range(NUM_CLIPS))
 
 

@@ -92,6 +92,20 @@ def test_a_constant_dimension_becomes_zero_and_stays_finite(tmp_path: Path, kind
         assert np.abs(normalized[:, 2]).max() <= 1e-6 * max(1.0, abs(value))
 
 
+@pytest.mark.parametrize("kind", ["corpus", "clip"])
+@pytest.mark.parametrize("value", [0.1, 260.0])
+def test_a_dimension_that_varies_by_rounding_alone_is_not_blown_up_to_noise(
+    tmp_path: Path, kind: str, value: float
+) -> None:
+    arrays = draw_clips(6)
+    for array in arrays:
+        array[:, 2] = value
+        array[::2, 2] = np.nextafter(np.float32(value), np.float32(np.inf))
+    normalization = normalize(write_clips(tmp_path, arrays), kind)
+    for array in arrays:
+        assert np.abs(normalization.apply(array.copy())[:, 2]).max() < 1e-4
+
+
 def test_a_dimension_of_small_but_real_variance_is_not_taken_for_constant(tmp_path: Path) -> None:
     arrays = draw_clips(10, spread=1.0)
     for array in arrays:

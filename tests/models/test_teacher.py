@@ -17,7 +17,7 @@ from trainer.layout import lay_out
 from trainer.models.build import build_model, load_weights
 from trainer.models.dropout import ClipDropout
 from trainer.models.inception import Mixed
-from trainer.models.teacher import FeatureTeacher, check_streams
+from trainer.models.teacher import FeatureTeacher, check_streams, mean_frames
 from trainer.recipe import ModelRecipe
 
 DIM, CLASSES = 11, 9
@@ -185,6 +185,20 @@ def test_every_input_frame_matters(stride: int) -> None:
     log_probs(model, [clip])[0][:, 2].sum().backward()
     assert clip.grad is not None
     assert clip.grad.abs().sum(dim=1).gt(0).all()
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_the_postures_of_an_output_frame_are_the_mean_of_its_own_frames(stride: int) -> None:
+    lengths = [5, 1, 8]
+    layout = lay_out(np.array(lengths), stride)
+    clips = draw_clips(lengths)
+    laid_out = torch.zeros(layout.length, DIM).index_copy(0, layout.frame_positions, torch.cat(clips))
+    means = mean_frames(laid_out, layout, stride)
+    starts = [int(part[0]) // stride for part in layout.frame_positions.split(lengths)]
+    for clip, start in zip(clips, starts, strict=True):
+        # The last group may be smaller: silence is no posture.
+        expected = torch.stack([group.mean(dim=0) for group in clip.split(stride)])
+        torch.testing.assert_close(means[start : start + len(expected)], expected)
 
 
 # Streams.
