@@ -256,7 +256,7 @@ def test_a_key_left_empty_in_a_file_is_refused(tmp_path: Path, key: str) -> None
     assert key in the_problem_of("--config", write(tmp_path / "r.yaml", f"{key}:\n"))
 
 
-@pytest.mark.parametrize("key", ["output_dir", "resume", "init_from", "wandb_project"])
+@pytest.mark.parametrize("key", ["output_dir", "resume", "init_from", "wandb_project", "config"])
 def test_a_flag_of_a_text_needs_its_text(key: str) -> None:
     # Otherwise `--resume --seed 1` would look for a checkpoint called "true".
     assert key in the_problem_of(f"--{key}", "--seed", "1")

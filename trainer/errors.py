@@ -64,6 +64,12 @@ def exit_on_input_error(main: Callable[[], int | None]) -> NoReturn:
         if _rank() == 0:
             print(f"failed: {error}", file=sys.stderr, flush=True)
         code = 1
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Everything is closed by now. Gloo's threads may outlive the interpreter's end and then abort the process,
+        # which a launcher reports as the failure of a run that succeeded (pytorch/pytorch#190489).
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

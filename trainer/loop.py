@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -53,7 +54,8 @@ class TrainingRun:
         self.budget = batch.max_frames_per_microbatch or batch.batch_size * int(longest)
         steps_per_epoch = -(-self.num_clips // self.batch_size)
         self.total_steps = min(run.epochs * steps_per_epoch, run.max_steps or run.epochs * steps_per_epoch)
-        self.total_epochs = min(float(run.epochs), self.total_steps * self.batch_size / self.num_clips)
+        whole, rest = divmod(self.total_steps, steps_per_epoch)
+        self.total_epochs = whole + min(1.0, rest * self.batch_size / self.num_clips)
         self.first_step = self.state.step
         self.skips_in_a_row = 0
 
@@ -194,11 +196,11 @@ class TrainingRun:
         state.last_validation = state.step
         if state.first_wer is None:
             state.first_wer = result.counts.wer
-        state.best_wer = min(result.counts.wer, state.best_wer if state.best_wer is not None else result.counts.wer)
-        if state.step and (state.best is None or value < state.best):
-            state.best, state.best_step, state.validations_since_best = value, state.step, 0
-        elif state.step:
+        if state.step:
+            state.best_wer = min(result.counts.wer, math.inf if state.best_wer is None else state.best_wer)
             state.validations_since_best += 1
+            if state.best is None or value < state.best:
+                state.best, state.best_step, state.validations_since_best = value, state.step, 0
         for flag in find_red_flags(metrics, epoch=state.epoch, warmup_epochs=self.recipe.optimization.warmup_epochs):
             self.progress.say(flag)
         return metrics

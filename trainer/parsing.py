@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from trainer.recipe import GROUPS, Recipe, combination_problems
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
-_LISTS = {f.name for kind in GROUPS.values() for f in dataclasses.fields(kind) if "list" in str(f.type)[:4]}
+_TYPES = {f.name: str(f.type) for kind in GROUPS.values() for f in dataclasses.fields(kind)}
+_LISTS = {name for name, kind in _TYPES.items() if kind.startswith("list")}
+_SWITCHES = {name for name, kind in _TYPES.items() if kind == "bool"}
+_OPTIONAL = {name for name, kind in _TYPES.items() if kind.endswith("None")}
 
 
 def parse_recipe(argv: Sequence[str], prog: str = "signscale train", *, check: bool = True) -> Recipe:
@@ -50,7 +54,7 @@ def parse_recipe(argv: Sequence[str], prog: str = "signscale train", *, check: b
         raise SystemExit(0)
     if check or problems:
         # A combination that involves a bad key would be judged on that key's default.
-        problems += [p for p in combination_problems(recipe) if not any(p.startswith(k) for k in bad)]
+        problems += [p for p in combination_problems(recipe) if not any(re.search(rf"\b{k}\b", p) for k in bad)]
     if problems:
         raise InputError(problems)
     return recipe
@@ -84,16 +88,19 @@ def _settings(argv: Sequence[str], problems: list[str]) -> Iterator[tuple[str, s
     """Yield (origin, key, value) of the config files, then of the flags; append what names nothing to `problems`."""
     known = field_names()
     flags = list(_split_flags(argv, problems))
-    files = [("command line", value) for key, value in flags if key == "config"]
-    for _, name in files:
+    for name in (value for key, value in flags if key == "config" and value is not None):
         for key, value in _read_yaml(name, problems).items():
-            if key in known:
+            if value is None and key in known and key not in _OPTIONAL:
+                problems.append(f"{name}: {key}: needs a value; give one, or leave the line out")
+            elif key in known:
                 yield str(name), key, value
             else:
                 problems.append(f"{name}: unknown key {key!r}{_nearest(str(key), known)}")
     for key, value in flags:
-        if key in known:
-            yield "command line", key, value
+        if value is None and key not in _SWITCHES and key in (*known, "config"):
+            problems.append(f"command line: {key}: needs a value; write --{key} VALUE")
+        elif key in known:
+            yield "command line", key, "true" if value is None else value
         elif key != "config":
             problems.append(
                 f"command line: unknown flag --{key}{_nearest(key, [*known, 'config', 'print_config'], '--')}"
@@ -101,7 +108,7 @@ def _settings(argv: Sequence[str], problems: list[str]) -> Iterator[tuple[str, s
 
 
 def _split_flags(argv: Sequence[str], problems: list[str]) -> Iterator[tuple[str, Any]]:
-    """Split `--key value`, `--key=value`, `--key` (true) and `--key a b` (a list)."""
+    """Split `--key value`, `--key=value`, `--key` (None) and `--key a b` (a list)."""
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -112,7 +119,7 @@ def _split_flags(argv: Sequence[str], problems: list[str]) -> Iterator[tuple[str
         following: list[str] = [value] if equals else []
         while not equals and words and not words[0].startswith("--"):
             following.append(words.pop(0))
-        yield key, "true" if not following else following[0] if len(following) == 1 else following
+        yield key, None if not following else following[0] if len(following) == 1 else following
 
 
 def _read_yaml(name: Any, problems: list[str]) -> dict[Any, Any]:

@@ -67,7 +67,7 @@ class ModelRecipe:
     rnn_layers: PositiveInt = 2
     """BiLSTM layers."""
     dropout: ClosedUnitInterval = 0.3
-    """Dropout, drawn per (seed, step, clip, frame): the same on any number of ranks."""
+    """Dropout, drawn per (seed, epoch, clip, frame): the same on any number of ranks."""
     streams: dict[str, list[int]] | None = None
     """Named feature streams as slices of D, fused by learned gates: {pose: [0, 99], hands: [99, 225], …}."""
 
@@ -246,6 +246,8 @@ def combination_problems(recipe: Recipe) -> list[str]:
         for name, value in recipe.flat().items()
         if isinstance(value, float) and not math.isfinite(value)
     ]
+    if run.seed >= 2**64:
+        problems.append(f"seed: {run.seed} has more than 64 bits; choose a smaller one")
     if not corpus.data_dir:
         problems.append("data_dir: not given; name the folder that holds train/, dev/ and test/ (--data_dir DIR)")
     if "{" in corpus.annotations and "{split}" not in corpus.annotations:

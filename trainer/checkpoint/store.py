@@ -91,7 +91,8 @@ class CheckpointStore:
         for leftover in self.folder.glob(".step-*.tmp"):
             log(f"removing {leftover.name}: an attempt ended while writing it")
             shutil.rmtree(leftover)
-        (self.folder / "best.json").unlink(missing_ok=True)
+        for pointer in ("best.json", "last.json"):
+            (self.folder / pointer).unlink(missing_ok=True)
         steps = self.steps()
         if state.best_step in steps:
             self._point("best", state.best_step, state.best)
@@ -120,7 +121,7 @@ def find_checkpoint(path: Path, *, prefer: str = "best") -> Path:
         return path
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     candidates = [folder / f"{name}.json" for name in dict.fromkeys((prefer, "last"))]
-    if path.name in ("best", "last"):
+    if path.name in ("best", "last") and folder == path:
         candidates = [path.with_name(f"{path.name}.json")]
     for pointer in candidates:
         if pointer.is_file():

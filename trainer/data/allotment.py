@@ -54,7 +54,7 @@ def allot(costs: Indices, *, world_size: int, budget: int) -> Allotment:
     costs = np.asarray(costs, dtype=np.int64)
     shares = _balance(costs, world_size)
     k = max(1, *(_cells_needed(costs[share], budget) for share in shares))
-    cells = [[share[cut] for cut in _cut_evenly(costs[share], k)] for share in shares]
+    cells = [[share[cut] for cut in _cut_evenly(costs[share], k, budget)] for share in shares]
     return Allotment(cells=cells, costs=costs)
 
 
@@ -109,15 +109,16 @@ def _cells_needed(costs: Indices, budget: int) -> int:
     return needed
 
 
-def _cut_evenly(costs: Indices, k: int) -> list[slice]:
+def _cut_evenly(costs: Indices, k: int, budget: int) -> list[slice]:
     """Cut clips, in this order, into `k` runs whose largest cost is least; trailing runs may be empty."""
-    low, high = int(costs.max(initial=0)), int(costs.sum())
+    # A clip beyond the budget has a run to itself, and must not raise the limit of the others.
+    low, high = min(int(costs.max(initial=0)), budget), min(int(costs.sum()), budget)
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if _cells_needed(costs, middle) <= k else (middle + 1, high)
     cuts, start, load = [], 0, 0
     for i, cost in enumerate(costs.tolist()):
-        if load + cost > low:
+        if i > start and load + cost > low:
             cuts.append(slice(start, i))
             start, load = i, 0
         load += cost

@@ -22,6 +22,7 @@ from trainer.data.normalization import Normalization
 from trainer.data.plan import GlobalBatch, Plan
 from trainer.data.randomness import clip_keys
 from trainer.data.vocabulary import Vocabulary
+from trainer.errors import InputError
 from trainer.layout import TimeLayout, lay_out
 from trainer.recipe import ObjectiveRecipe
 
@@ -91,7 +92,15 @@ class ClipReader:
 
     def read(self, index: int, *, check_finite: bool = False) -> npt.NDArray[np.float32]:
         """Return the features `[T, D]` of a clip; raises `InputError` that names its file."""
-        return self.normalization.apply(read_features(self.clips[index].source, check_finite=check_finite))
+        clip = self.clips[index]
+        features = read_features(clip.source, check_finite=check_finite)
+        expected = (clip.num_frames, self.normalization.feature_dim)
+        if features.shape != expected:
+            raise InputError(
+                f"{clip.source}: holds {list(features.shape)} values, {list(expected)} when the run began; do not "
+                "replace features during a run"
+            )
+        return self.normalization.apply(features)
 
 
 class TrainingLoader:

@@ -102,7 +102,9 @@ def check_streams(streams: Mapping[str, Sequence[int]] | None, feature_dim: int)
         if stop > feature_dim
     ]
     problems += [
-        f"streams: {name!r} is no plain name; use letters, digits and _" for name in spans if not name.isidentifier()
+        f"streams: {name!r} is no plain name, or one that torch keeps for itself; use letters, digits and _"
+        for name in spans
+        if not name.isidentifier() or hasattr(nn.ModuleDict(), name)
     ]
     ordered = sorted((start, stop, name) for name, parts in spans.items() for start, stop in parts)
     reached, last = 0, ""

@@ -31,8 +31,8 @@ class JsonLines:
     def __init__(self, path: Path, *, after_step: int) -> None:
         if path.exists():
             # An attempt that died may have logged steps that its successor does again.
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            write_text(path, "".join(line for line in lines if _step_of(line) <= after_step))
+            lines = path.read_text(encoding="utf-8").splitlines()
+            write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= after_step))
         self.file = path.open("a", encoding="utf-8")
 
     def log(self, metrics: Mapping[str, Any]) -> None:
