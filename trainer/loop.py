@@ -13,7 +13,8 @@ from typing import Any
 from trainer.checkpoint.content import Checkpoint, RunState
 from trainer.checkpoint.store import CheckpointStore
 from trainer.data.allotment import slot_frames
-from trainer.data.loader import EvaluationLoader, MicroBatch, StepShare, TrainingLoader
+from trainer.data.batch import MicroBatch
+from trainer.data.loader import EvaluationLoader, StepShare, TrainingLoader
 from trainer.data.prepare import TrainingCorpus
 from trainer.engine import Engine
 from trainer.errors import InputError, TrainingFailedError, name_some

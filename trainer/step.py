@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.data.loader import MicroBatch, StepShare
+from trainer.data.batch import MicroBatch
+from trainer.data.loader import StepShare
 from trainer.engine import Engine
 from trainer.objectives.ctc import ctc_objective
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.data.loader import EvaluationLoader, MicroBatch
+from trainer.data.batch import MicroBatch
+from trainer.data.loader import EvaluationLoader
 from trainer.engine import Engine
 from trainer.objectives.ctc import ctc_losses, float32_log_probs
 from trainer.scoring.decoding import Emission, best_path

@@ -73,15 +73,7 @@ def test_on_another_world_size_the_run_goes_on_with_the_clips_not_yet_seen(
 
 def test_sigterm_saves_at_the_next_step_and_leaves(corpus: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    flags = ["--data_dir", str(corpus), "--output_dir", str(run), *TINY, *RUN, "--max_steps", "100000"]
-    process = subprocess.Popen(
-        command(1, "trainer.train", [*flags, "--epochs", "100000", "--save_every", "0", "--evaluate_every", "99999"]),
-        env=environment(),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = _start_endless(1, corpus, run)
     _wait_for_step(run, 3, process)
     assert not (run / "checkpoints").exists()
     process.terminate()
@@ -94,15 +86,7 @@ def test_sigterm_saves_at_the_next_step_and_leaves(corpus: Path, tmp_path: Path)
 
 def test_one_rank_that_is_asked_to_stop_stops_all(corpus: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    flags = ["--data_dir", str(corpus), "--output_dir", str(run), *TINY, *RUN, "--max_steps", "100000"]
-    process = subprocess.Popen(
-        command(2, "trainer.train", [*flags, "--epochs", "100000", "--evaluate_every", "99999", "--save_every", "0"]),
-        env=environment(),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = _start_endless(2, corpus, run)
     _wait_for_step(run, 3, process)
     ranks = _children(process.pid)
     assert len(ranks) == 2
@@ -130,6 +114,20 @@ def test_resume_auto_passes_over_a_damaged_checkpoint_aloud(corpus: Path, tmp_pa
     resumed = train(1, corpus, run, *RUN, "--max_steps", "9", "--resume", "auto")
     assert f"warning: {newest}" in resumed.stdout
     assert "going on from step 6" in resumed.stdout
+
+
+def _start_endless(world_size: int, corpus: Path, run: Path) -> subprocess.Popen[str]:
+    """Start a run that neither ends nor saves by itself."""
+    endless = ["--max_steps", "100000", "--epochs", "100000", "--evaluate_every", "99999", "--save_every", "0"]
+    flags = ["--data_dir", str(corpus), "--output_dir", str(run), *TINY, *RUN, *endless]
+    return subprocess.Popen(
+        command(world_size, "trainer.train", flags),
+        env=environment(),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def _wait_for_step(run: Path, step: int, process: subprocess.Popen[str], timeout: float = 120) -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -16,57 +13,19 @@ from torch import Tensor
 
 from trainer.data.allotment import Allotment, allot, slot_frames
 from trainer.data.augment import Augmentation, augment, resample
+from trainer.data.batch import Labels, MicroBatch, make_labels
 from trainer.data.corpus import Clip, min_output_frames
 from trainer.data.features import read_features
 from trainer.data.normalization import Normalization
 from trainer.data.plan import GlobalBatch, Plan
+from trainer.data.prefetch import prefetch
 from trainer.data.randomness import clip_keys
 from trainer.data.vocabulary import Vocabulary
 from trainer.errors import InputError
-from trainer.layout import TimeLayout, lay_out
+from trainer.layout import lay_out
 from trainer.recipe import ObjectiveRecipe
 
 Indices = npt.NDArray[np.int64]
-Request = TypeVar("Request")
-Loaded = TypeVar("Loaded")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Labels:
-    """Classes of B clips, concatenated `[S]`, their `lengths` `[B]` (on the host), and each clip's weight `[B]`."""
-
-    classes: Tensor
-    lengths: Tensor
-    weights: Tensor
-
-    def to(self, device: torch.device) -> Labels:
-        """Copy to the device, without waiting."""
-        return replace(
-            self,
-            classes=self.classes.to(device, non_blocking=True),
-            weights=self.weights.to(device, non_blocking=True),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class MicroBatch:
-    """One cell: features `[N, D]` of its clips, end to end, with their labels; `clips` index the split."""
-
-    features: Tensor
-    layout: TimeLayout
-    labels: Labels
-    partner_labels: Labels | None
-    clips: tuple[int, ...]
-
-    def to(self, device: torch.device) -> MicroBatch:
-        """Copy to the device, without waiting."""
-        return replace(
-            self,
-            features=self.features.to(device, non_blocking=True),
-            layout=self.layout.to(device),
-            labels=self.labels.to(device),
-            partner_labels=None if self.partner_labels is None else self.partner_labels.to(device),
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,38 +254,3 @@ def make_plan(
         augmentation=augmentation,
         mixup_alpha=mixup_alpha,
     )
-
-
-def make_labels(classes: Sequence[Indices], weights: npt.NDArray[np.float64]) -> Labels:
-    """Pack the classes of several clips."""
-    return Labels(
-        classes=torch.from_numpy(np.concatenate(classes)),
-        lengths=torch.tensor([len(part) for part in classes], dtype=torch.int64),
-        weights=torch.from_numpy(weights.astype(np.float32)),
-    )
-
-
-def prefetch(
-    requests: Iterable[Request], load: Callable[[Request], Loaded], num_workers: int
-) -> Generator[Loaded, None, None]:
-    """Load requests in their order, up to `2 * num_workers` ahead in threads (0: when asked for).
-
-    Threads are enough: reading, decompressing and copying release the interpreter lock. An error in a thread is raised
-    where its result is asked for, so that a bad clip ends the run by name and never hangs it.
-    """
-    if num_workers == 0:
-        yield from map(load, requests)
-        return
-    pending: deque[Future[Loaded]] = deque()
-    upcoming = iter(requests)
-    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="loader")
-    try:
-        for request in itertools.islice(upcoming, 2 * num_workers):
-            pending.append(pool.submit(load, request))
-        while pending:
-            loaded = pending.popleft().result()
-            for request in itertools.islice(upcoming, 1):
-                pending.append(pool.submit(load, request))
-            yield loaded
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
