@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 # Run as a file, Python looks beside the file and not where the packages are.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from trainer.assembly import build_run, make_training_loader
 from trainer.data.loader import MicroBatch, StepShare, TrainingLoader
 from trainer.data.synthetic import SyntheticSpec, write_corpus
 from trainer.engine import Engine
@@ -41,7 +42,6 @@ from trainer.observe.progress import Progress
 from trainer.optimization import make_optimizer
 from trainer.recipe import Recipe
 from trainer.signals import StopRequest
-from trainer.train import build_run, make_training_loader
 
 WORLD_SIZES = (1, 2)
 BAR = 0.03

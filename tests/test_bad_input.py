@@ -153,6 +153,18 @@ def test_a_vocabulary_that_changed_under_a_run(broken: Path, tmp_path: Path) -> 
         main(["--data_dir", str(broken), "--output_dir", str(run), *TINY, *flags, "--resume", "auto"])
 
 
+def test_training_clips_that_changed_under_a_run(broken: Path, tmp_path: Path) -> None:
+    """The cursor counts clips of a plan; with other clips it would point to nothing, or to the wrong ones."""
+    run = tmp_path / "run"
+    flags = ["--max_steps", "4", "--stop_after_steps", "1"]
+    train(1, broken, run, *flags)
+    path = broken / "annotations" / "train.corpus.csv"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], *reversed(lines[1:])]) + "\n")
+    with pytest.raises(InputError, match=r"40 clips then, 40 now; ids, order, frames or glosses differ"):
+        main(["--data_dir", str(broken), "--output_dir", str(run), *TINY, *flags, "--resume", "auto"])
+
+
 def test_more_ranks_than_clips(corpus: Path, tmp_path: Path) -> None:
     done = train(3, corpus, tmp_path / "run", "--overfit_clips", "2", check=False)
     assert done.returncode != 0

@@ -58,7 +58,7 @@ def make_checkpoint(step: int = 10, *, best: float | None = 0.1, best_step: int 
             best=best,
             best_step=step if best_step is None else best_step,
             window={"loss": 1 / 3, "steps": 2.0},
-            corpus="ab" * 32,
+            clips_hash="ab" * 32,
             world_size=3,
         ),
         model=model,

@@ -8,12 +8,12 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from tests.conftest import TINY
+from trainer.assembly import build_run
 from trainer.engine import Engine
 from trainer.observe.progress import Progress
 from trainer.parsing import parse_recipe
 from trainer.signals import StopRequest
 from trainer.step import train_step
-from trainer.train import build_run
 
 
 def main(out: str, corpus: str, run_dir: str, budget: str) -> None:

@@ -50,8 +50,12 @@ class RunState:
     """Step of the last validation."""
     window: dict[str, float] = field(default_factory=dict)
     """Sums of the metrics since the last line of the log."""
-    corpus: str = ""
-    """Fingerprint of the corpus."""
+    num_clips: int = 0
+    """Training clips."""
+    clips_hash: str = ""
+    """Which training clips the plan is made from."""
+    files_hash: str = ""
+    """Which files were read and checked."""
     world_size: int = 1
     """Ranks of the attempt that wrote this."""
 

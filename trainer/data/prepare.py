@@ -42,7 +42,10 @@ class TrainingCorpus:
     infeasible: list[str]
     vocabulary: Vocabulary
     normalization: Normalization
-    fingerprint: str
+    clips_hash: str
+    """Hash of the training clips in their order, with frames and glosses: what the plan is made from."""
+    files_hash: str
+    """Hash of sizes and times of change of all files: whether what was checked is what is there."""
 
 
 def annotations_of(recipe: CorpusRecipe) -> str:
@@ -64,7 +67,7 @@ def prepare_corpus(
 ) -> TrainingCorpus:
     """Read and check both splits, in shares over the ranks; every rank gets the same corpus or the same error.
 
-    `known` is a normalisation to use instead of computing one; `checked` the fingerprint of a corpus that an earlier
+    `known` is a normalisation to use instead of computing one; `checked` the `files_hash` of a corpus that an earlier
     attempt has read in full, in which case features are not read again.
     """
     train, dev = _read_both(recipe, log)
@@ -80,9 +83,9 @@ def prepare_corpus(
     if recipe.overfit_clips:
         feasible = feasible[: recipe.overfit_clips]
         dev = feasible
-    fingerprint = corpus_fingerprint([*feasible, *dev])
+    files_hash = hash_files([*feasible, *dev])
     normalization = known
-    if checked != fingerprint or normalization is None:
+    if checked != files_hash or normalization is None:
         moments = scan_in_shares(feasible, dim, ranks, recipe.num_workers)
         if not recipe.overfit_clips:
             scan_in_shares(dev, dim, ranks, recipe.num_workers)
@@ -98,7 +101,8 @@ def prepare_corpus(
         infeasible=infeasible,
         vocabulary=vocabulary,
         normalization=normalization,
-        fingerprint=fingerprint,
+        clips_hash=hash_clips(feasible),
+        files_hash=files_hash,
     )
 
 
@@ -132,19 +136,15 @@ def scan_in_shares(clips: Sequence[Clip], dim: int, ranks: Ranks, num_workers: i
     return [moments for _, moments, _ in everyone if moments is not None]
 
 
-def corpus_fingerprint(clips: Sequence[Clip]) -> str:
-    """Hash which clips there are, with their glosses, sizes and times of change, but not where they lie."""
-    rows = [
-        (
-            clip.split,
-            clip.id,
-            clip.num_frames,
-            clip.glosses,
-            (stat := clip.source.stat()).st_size,
-            stat.st_mtime_ns,
-        )
-        for clip in clips
-    ]
+def hash_clips(clips: Sequence[Clip]) -> str:
+    """Hash which clips there are, in their order, with their frames and glosses."""
+    rows = [(clip.id, clip.num_frames, clip.glosses) for clip in clips]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def hash_files(clips: Sequence[Clip]) -> str:
+    """Hash the sizes and times of change of the clips' files, but not where they lie."""
+    rows = [(clip.split, clip.id, (stat := clip.source.stat()).st_size, stat.st_mtime_ns) for clip in clips]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 

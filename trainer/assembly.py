@@ -1,0 +1,208 @@
+"""Putting a training run together: all input checked, then all parts built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from trainer.checkpoint.content import Checkpoint, RunState, read_checkpoint
+from trainer.checkpoint.store import CheckpointStore, find_checkpoint
+from trainer.data.augment import NO_AUGMENTATION, Augmentation
+from trainer.data.corpus import Clip
+from trainer.data.loader import ClipReader, EvaluationLoader, TrainingLoader, make_plan
+from trainer.data.normalization import Normalization
+from trainer.data.prepare import TrainingCorpus, prepare_corpus
+from trainer.data.randomness import clip_keys
+from trainer.data.vocabulary import BLANK
+from trainer.engine import Engine
+from trainer.errors import InputError, name_some
+from trainer.loop import TrainingRun
+from trainer.models.build import build_model, load_weights
+from trainer.observe.progress import Progress
+from trainer.observe.trackers import open_trackers
+from trainer.optimization import make_optimizer
+from trainer.recipe import Recipe
+from trainer.run_directory import check_same_recipe, claim, record
+from trainer.signals import StopRequest
+
+
+def build_run(recipe: Recipe, engine: Engine, progress: Progress, stop: StopRequest) -> TrainingRun:
+    """Check all input, then put the parts together; the run directory is written to only once all is right."""
+    run_dir = Path(recipe.run.output_dir)
+    store = CheckpointStore(run_dir, keep=recipe.run.keep_checkpoints)
+    existed = engine.on_main(lambda: claim(recipe))
+    resumed = _find_resumed(recipe, engine, store, progress, existed)
+    start = resumed or (_read(recipe.run.init_from, "best") if recipe.run.init_from else None)
+    corpus = prepare_corpus(
+        recipe.corpus,
+        recipe.model.total_stride,
+        engine,
+        progress.say,
+        known=_known_normalization(start, recipe),
+        checked=resumed.state.files_hash if resumed else "",
+    )
+    _check_corpus(corpus, resumed, engine, progress, recipe)
+    model = build_model(recipe.model, feature_dim=corpus.normalization.feature_dim, num_classes=len(corpus.vocabulary))
+    if start is not None:
+        _load_start(model, start, corpus, progress, where=recipe.run.resume if resumed else recipe.run.init_from)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    engine.prepare(model.to(engine.device), make_optimizer(model, recipe.optimization))
+    state = RunState()
+    if resumed is not None:
+        engine.load(resumed.model, resumed.optimizer)
+        state = resumed.state
+    state.num_clips, state.world_size = len(corpus.train), engine.world_size
+    state.clips_hash, state.files_hash = corpus.clips_hash, corpus.files_hash
+    engine.on_main(lambda: record(recipe, world_size=engine.world_size, device=str(engine.device)))
+    if not engine.on_main(lambda: store.go_back_to(state, progress.say)):
+        # The best checkpoint went with the steps that were lost: the next validation is the best one again.
+        state.best = state.best_step = None
+    progress.say(
+        f"{recipe.model.model}: {parameters / 1e6:.1f} M parameters; {len(corpus.train)} training and "
+        f"{len(corpus.dev)} dev clips, {len(corpus.vocabulary) - 1} glosses, D = {corpus.normalization.feature_dim}; "
+        f"global batch {recipe.global_batch_size(engine.world_size)} clips on {engine.world_size} rank(s)"
+    )
+    return TrainingRun(
+        recipe=recipe,
+        engine=engine,
+        corpus=corpus,
+        state=state,
+        loader=make_training_loader(recipe, corpus, engine),
+        dev=_evaluation_loader(recipe, corpus, engine, corpus.dev),
+        train_subset=_train_subset(recipe, corpus, engine),
+        store=store,
+        trackers=open_trackers(
+            run_dir,
+            recipe.run.trackers,
+            after_step=state.step if resumed else -1,
+            project=recipe.run.wandb_project,
+            recipe=recipe.flat(),
+        )
+        if engine.is_main
+        else [],
+        progress=progress,
+        stop=stop,
+    )
+
+
+def make_training_loader(recipe: Recipe, corpus: TrainingCorpus, engine: Engine) -> TrainingLoader:
+    """Build the loader of the training plan."""
+    c = recipe.corpus
+    strengths = Augmentation(
+        rescale=c.augment_rescale,
+        frame_drop=c.augment_frame_drop,
+        time_mask=c.augment_time_mask,
+        feature_mask=c.augment_feature_mask,
+        noise=c.augment_noise,
+    )
+    return TrainingLoader(
+        reader=ClipReader(corpus.train, corpus.normalization),
+        plan=make_plan(
+            corpus.train,
+            total_stride=recipe.model.total_stride,
+            seed=recipe.run.seed,
+            augmentation=strengths if c.augment else NO_AUGMENTATION,
+            mixup_alpha=recipe.objective.mixup_alpha,
+        ),
+        vocabulary=corpus.vocabulary,
+        objective=recipe.objective,
+        num_workers=c.num_workers,
+        pin_memory=engine.device.type == "cuda",
+    )
+
+
+def _evaluation_loader(recipe: Recipe, corpus: TrainingCorpus, engine: Engine, clips: list[Clip]) -> EvaluationLoader:
+    return EvaluationLoader(
+        reader=ClipReader(clips, corpus.normalization),
+        vocabulary=corpus.vocabulary,
+        total_stride=recipe.model.total_stride,
+        num_workers=recipe.corpus.num_workers,
+        pin_memory=engine.device.type == "cuda",
+    )
+
+
+def _train_subset(recipe: Recipe, corpus: TrainingCorpus, engine: Engine) -> EvaluationLoader | None:
+    """Choose the training clips whose WER is followed: by their ids, so that the choice never changes."""
+    count = min(recipe.run.train_wer_clips, len(corpus.train))
+    chosen = np.sort(np.argsort(clip_keys([clip.id for clip in corpus.train]), kind="stable")[:count])
+    return _evaluation_loader(recipe, corpus, engine, [corpus.train[i] for i in chosen]) if count else None
+
+
+def _find_resumed(
+    recipe: Recipe, engine: Engine, store: CheckpointStore, progress: Progress, existed: bool
+) -> Checkpoint | None:
+    """Read the checkpoint to go on from, if the recipe asks for one."""
+    if recipe.run.resume in ("", "auto"):
+        path = engine.on_main(lambda: store.newest_sound(progress.say)) if recipe.run.resume else None
+        if path is None:
+            if existed:
+                progress.say(f"{recipe.run.output_dir}: no sound checkpoint, starting from the beginning")
+            return None
+        checkpoint = read_checkpoint(path)
+    else:
+        checkpoint = _read(recipe.run.resume, "last")
+    check_same_recipe(checkpoint.recipe, recipe, recipe.run.resume)
+    progress.say(f"going on from step {checkpoint.state.step} (epoch {checkpoint.state.epoch})")
+    return checkpoint
+
+
+def _read(path: str, prefer: str) -> Checkpoint:
+    return read_checkpoint(find_checkpoint(Path(path), prefer=prefer))
+
+
+def _known_normalization(start: Checkpoint | None, recipe: Recipe) -> Normalization | None:
+    """Return the normalisation that loaded weights were trained with: they expect no other."""
+    if start is None:
+        return None
+    if start.normalization.kind != recipe.corpus.normalization:
+        raise InputError(
+            f"normalization: the loaded weights were trained with {start.normalization.kind}, the recipe says "
+            f"{recipe.corpus.normalization}; use --normalization {start.normalization.kind}"
+        )
+    return start.normalization
+
+
+def _check_corpus(
+    corpus: TrainingCorpus, resumed: Checkpoint | None, engine: Engine, progress: Progress, recipe: Recipe
+) -> None:
+    """Refuse a corpus that does not fit the run or the ranks; name the clips that leave training."""
+    if resumed is not None:
+        resumed.vocabulary.check_same(corpus.vocabulary, recipe.corpus.annotations or recipe.corpus.data_dir)
+        if resumed.state.clips_hash != corpus.clips_hash:
+            # Another set or order of clips is another plan: the cursor would point to nothing it knows.
+            raise InputError(
+                f"{recipe.corpus.data_dir}: the training clips are not those of the run ({resumed.state.num_clips} "
+                f"clips then, {len(corpus.train)} now; ids, order, frames or glosses differ); restore the corpus, or "
+                "start a new --output_dir (--init_from keeps the weights)"
+            )
+        if resumed.state.files_hash != corpus.files_hash:
+            progress.say("warning: the feature files changed since the last attempt; all were checked again")
+    if engine.world_size > len(corpus.train):
+        raise InputError(
+            f"{recipe.corpus.data_dir}: {len(corpus.train)} training clips for {engine.world_size} ranks; start at "
+            "most as many ranks as there are clips"
+        )
+    if corpus.infeasible:
+        progress.say(
+            f"{len(corpus.infeasible)} training clips have fewer output frames than CTC needs and leave training: "
+            f"{name_some(corpus.infeasible, limit=len(corpus.infeasible))}"
+        )
+    batch = recipe.global_batch_size(engine.world_size)
+    if engine.world_size > batch:
+        progress.say(f"warning: a global batch of {batch} clips leaves {engine.world_size - batch} ranks idle")
+
+
+def _load_start(model: nn.Module, start: Checkpoint, corpus: TrainingCorpus, progress: Progress, *, where: str) -> None:
+    """Load weights into the bare model; classes are matched by gloss."""
+    classes: list[int | None] | None = None
+    if start.vocabulary != corpus.vocabulary:
+        known = start.vocabulary
+        fresh = known.unknown(corpus.vocabulary.glosses)
+        classes = [BLANK, *(None if g in fresh else known.encode([g])[0] for g in corpus.vocabulary.glosses)]
+        progress.say(
+            f"{where}: its vocabulary differs; {len(classes) - 1 - len(fresh)} glosses keep their weights, "
+            f"{len(fresh)} start fresh"
+        )
+    load_weights(model, start.model, classes=classes, where=where)
