@@ -18,6 +18,7 @@ demo: setup
 	$(BIN)/signscale synth --layout features --out demo/corpus --clips 256 --seed 7
 	$(LAUNCH) -m trainer.train --config configs/demo.yaml --stop_after_steps 200
 	$(LAUNCH) -m trainer.train --config configs/demo.yaml --resume auto
+	$(LAUNCH) -m trainer.evaluate --checkpoint demo/run --split dev --max_wer 10
 	$(LAUNCH) -m trainer.evaluate --checkpoint demo/run --split test
 
 test: setup

@@ -24,10 +24,11 @@ import numpy.typing as npt
 # Run as a file, Python looks beside the file and not where the packages are.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from trainer.data.allotment import allot, slot_frames
+from trainer.data.allotment import allot
 from trainer.data.lengths import draw_phoenix_lengths
 from trainer.data.plan import Plan
-from trainer.data.randomness import clip_keys
+from trainer.layout import slot_frames
+from trainer.randomness import clip_keys
 
 Frames = npt.NDArray[np.int64]
 Share = Callable[[Frames, int], Frames]

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.errors import InputError, exit_on_input_error, name_some
-from trainer.scoring.ctm_stm import Transcripts, numbered_lines, read_transcripts
+from trainer.options import OptionParser
+from trainer.scoring.ctm_stm import Transcripts, read_transcripts
 from trainer.scoring.protocols import PROTOCOLS, score
 from trainer.scoring.wer import WerCounts
-
-_ID_COLUMNS = ("id", "name")
-_GLOSS_COLUMNS = ("annotation", "glosses", "gloss", "orth")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,11 +42,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="signscale score",
         description="Word error rate of a hypothesis file, errors pooled over all clips of the references.",
         epilog="A clip without a line in the hypothesis file has an empty hypothesis.",
-        allow_abbrev=False,
     )
     parser.add_argument("--reference", type=Path, required=True, metavar="X.stm|csv", help="what was signed")
     parser.add_argument("--hypothesis", type=Path, required=True, metavar="Y.ctm|csv", help="what was recognised")
@@ -61,7 +57,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "adjacent repeats merged (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
-    return parser.parse_args(argv)
+    return parser.parse(argv)
 
 
 def _refuse_swapped(reference: Path, hypothesis: Path) -> None:
@@ -92,44 +88,10 @@ def _read_reference_csv(path: Path) -> Transcripts:
 
 
 def _read_hypothesis_csv(path: Path) -> Transcripts:
-    """Read hypotheses from a CSV with an annotation file's header; here, no glosses mean an empty hypothesis.
+    """Read hypotheses from a CSV; here, no glosses mean an empty hypothesis."""
+    from trainer.data.annotations import read_annotation_file
 
-    An annotation without glosses is an error, hence a reader apart.
-    """
-    lines = numbered_lines(path)
-    number, header = next(lines, (1, ""))
-    delimiter = next((mark for mark in "|\t," if mark in header), ",")
-
-    def split(line: str) -> list[str]:
-        # Only commas know quoting: PHOENIX writes quotation marks as they are.
-        fields = next(csv.reader([line])) if delimiter == "," else line.split(delimiter)
-        return [field.strip() for field in fields]
-
-    names = [name.lower() for name in split(header)] if header else []
-    id_columns = [names.index(name) for name in _ID_COLUMNS if name in names]
-    gloss_columns = [names.index(name) for name in _GLOSS_COLUMNS if name in names]
-    if not id_columns or len(gloss_columns) != 1:
-        raise InputError(
-            f"{path}:{number}: expected a header such as 'id,glosses' or 'id|folder|signer|annotation', with "
-            f"one column of glosses; found {header.strip()!r}"
-        )
-    transcripts: Transcripts = {}
-    problems = []
-    for number, line in lines:
-        fields = split(line)
-        if len(fields) != len(names):
-            problems.append(
-                f"{path}:{number}: expected {len(names)} fields separated by {delimiter!r}, found "
-                f"{len(fields)}: {line.strip()[:80]!r}"
-            )
-        elif fields[id_columns[0]] in transcripts:
-            problems.append(f"{path}:{number}: duplicate id {fields[id_columns[0]]}: keep one hypothesis a clip")
-        else:
-            transcripts[fields[id_columns[0]]] = fields[gloss_columns[0]].split()
-    if problems:
-        more = len(problems) - 10
-        raise InputError(problems[:10] + ([f"{path}: and {more} more problems"] if more > 0 else []))
-    return transcripts
+    return {line.id: list(line.glosses) for line in read_annotation_file(path, allow_empty=True)}
 
 
 def _table(counts: WerCounts, protocol: str) -> str:

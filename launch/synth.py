@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
-import difflib
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from trainer.data.synthetic import EVALUATION_SHARE, SplitSummary, SyntheticSpec, write_corpus
-from trainer.errors import InputError
+from trainer.errors import exit_on_input_error
+from trainer.options import OptionParser
 
 
-class _Parser(argparse.ArgumentParser):
-    """Report bad flags as every other mistake of the user is reported."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{self.prog}: {message}")
-
-
-def _build_parser() -> _Parser:
-    parser = _Parser(
+def _build_parser() -> OptionParser:
+    parser = OptionParser(
         prog="signscale synth",
         description="Write a synthetic corpus: OUT/{train,dev,test}/<id>.npz and OUT/annotations. The same "
         "flags give the same bytes; more --clips at the same --vocabulary continue the smaller corpus.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--layout", choices=["features"], default="features", help="what a clip is: features per frame")
@@ -55,27 +47,15 @@ def _build_parser() -> _Parser:
     return parser
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _build_parser()
-    known = [flag for action in parser._actions for flag in action.option_strings]
-    # Before anything else: a misspelled --clips should not be reported as a missing one.
-    for flag in (argument.split("=")[0] for argument in argv if argument.startswith("--")):
-        if flag not in known:
-            nearest = difflib.get_close_matches(flag, known, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else "--help lists the options"
-            raise InputError(f"{parser.prog}: unknown option {flag}; {hint}")
-    return parser.parse_args(argv)
-
-
 def _tabulate(summaries: list[SplitSummary]) -> str:
     rows = [("split", "clips", "frames", "glosses", "MB")]
     rows += [(s.split, f"{s.clips}", f"{s.frames}", f"{s.glosses}", f"{s.bytes / 1e6:.1f}") for s in summaries]
     return "\n".join(f"{row[0]:<6}" + "".join(f"{cell:>10}" for cell in row[1:]) for row in rows)
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str]) -> int:
     """Write the corpus the flags ask for and print what it holds. Raises `InputError` on a bad value."""
-    options = _parse(argv)
+    options = _build_parser().parse(argv)
     spec = SyntheticSpec(
         clips=options.clips,
         seed=options.seed,
@@ -91,3 +71,7 @@ def main(argv: list[str]) -> int:
         f"({spec.held_out_signers} of them in dev and test only)"
     )
     return 0
+
+
+if __name__ == "__main__":
+    exit_on_input_error(lambda: main(sys.argv[1:]))

@@ -13,7 +13,16 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from tests.conftest import TINY, launch, train
 from trainer.errors import InputError
+from trainer.evaluate import main as evaluate_main
 from trainer.train import main
+
+# Trains with RANK in its flags replaced by the rank's number: every rank has a corpus folder of its own.
+OWN_CORPUS = """
+import os, sys
+from trainer.errors import exit_on_input_error
+from trainer.train import main
+exit_on_input_error(lambda: main([flag.replace("RANK", os.environ["RANK"]) for flag in sys.argv[1:]]))
+"""
 
 
 @pytest.fixture
@@ -179,6 +188,56 @@ def test_one_message_for_all_ranks(broken: Path, tmp_path: Path) -> None:
     assert done.returncode != 0
     assert done.stderr.count(str(path)) == 1
     assert "Traceback (most recent call last)" not in done.stderr.split("error:")[0]
+
+
+def test_bad_content_in_train_and_dev_is_reported_together(broken: Path, tmp_path: Path) -> None:
+    for split in ("train", "dev"):
+        _rewrite(_first(broken, split), _with_nan)
+    message = refusal(broken, tmp_path / "run")
+    assert str(_first(broken, "train")) in message
+    assert str(_first(broken, "dev")) in message
+
+
+def test_what_one_rank_alone_finds_is_said_once_and_ends_all(corpus: Path, tmp_path: Path) -> None:
+    """Ranks may see different copies of the corpus, each on its machine's disk."""
+    (tmp_path / "rank0").symlink_to(corpus)
+    (worker := tmp_path / "worker.py").write_text(OWN_CORPUS)
+    flags = ["--data_dir", str(tmp_path / "rankRANK"), "--output_dir", str(tmp_path / "run"), *TINY, "--max_steps", "1"]
+    done = launch(2, str(worker), flags, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count(f"error: {tmp_path / 'rank1'}") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_copies_that_differ_in_their_times_alone_make_all_ranks_read_again(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "rank0").symlink_to(corpus)
+    shutil.copytree(corpus, tmp_path / "rank1", copy_function=shutil.copyfile)
+    (worker := tmp_path / "worker.py").write_text(OWN_CORPUS)
+    flags = ["--data_dir", str(tmp_path / "rankRANK"), "--output_dir", str(tmp_path / "run"), *TINY, "--max_steps", "4"]
+    for extra in (["--stop_after_steps", "1"], ["--resume", "auto"]):
+        done = launch(2, str(worker), [*flags, *extra])
+    assert "finished at step 4" in done.stdout
+
+
+def test_accumulation_in_the_environment_is_refused(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accelerate would divide every gradient by it, in silence."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert "belongs to the recipe" in refusal(corpus, tmp_path / "run")
+
+
+def test_evaluation_refuses_what_it_cannot_do_before_it_computes(corpus: Path, tmp_path: Path) -> None:
+    train(1, corpus, tmp_path / "run", "--max_steps", "1")
+    (tmp_path / "file").touch()
+    for flags, message in (
+        (["--output_dir", str(tmp_path / "file")], "choose another --output_dir"),
+        (["--fps", "0"], "--fps"),
+        (["--slpit", "dev"], "did you mean --split?"),
+        (["--split", "holiday"], "holiday"),
+    ):
+        with pytest.raises(InputError, match=message):
+            evaluate_main(["--checkpoint", str(tmp_path / "run"), *flags])
 
 
 def test_exit_code_two_and_all_problems_at_once() -> None:

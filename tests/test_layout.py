@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from trainer.data.allotment import slot_frames
-from trainer.data.randomness import clip_keys
-from trainer.layout import TimeLayout, lay_out
+from trainer.layout import TimeLayout, lay_out, slot_frames
+from trainer.randomness import clip_keys
 
 strides = st.sampled_from([1, 2, 4])
 compositions = st.lists(st.integers(min_value=1, max_value=40), min_size=1, max_size=12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,6 @@ from trainer.data.corpus import Clip
 from trainer.data.loader import ClipReader, EvaluationLoader, TrainingLoader, make_plan
 from trainer.data.normalization import Normalization
 from trainer.data.prepare import TrainingCorpus, prepare_corpus
-from trainer.data.randomness import clip_keys
 from trainer.data.vocabulary import BLANK
 from trainer.engine import Engine
 from trainer.errors import InputError, name_some
@@ -23,6 +23,7 @@ from trainer.models.build import build_model, load_weights
 from trainer.observe.progress import Progress
 from trainer.observe.trackers import open_trackers
 from trainer.optimization import make_optimizer
+from trainer.randomness import clip_keys
 from trainer.recipe import Recipe
 from trainer.run_directory import check_same_recipe, claim, record
 from trainer.signals import StopRequest
@@ -30,11 +31,16 @@ from trainer.signals import StopRequest
 
 def build_run(recipe: Recipe, engine: Engine, progress: Progress, stop: StopRequest) -> TrainingRun:
     """Check all input, then put the parts together; the run directory is written to only once all is right."""
+    recipe = _with_absolute_paths(recipe)
     run_dir = Path(recipe.run.output_dir)
     store = CheckpointStore(run_dir, keep=recipe.run.keep_checkpoints)
     existed = engine.on_main(lambda: claim(recipe))
-    resumed = _find_resumed(recipe, engine, store, progress, existed)
-    start = resumed or (_read(recipe.run.init_from, "best") if recipe.run.init_from else None)
+    path, goes_on = engine.on_main(lambda: _find_start(recipe, store, progress, existed=existed))
+    start = engine.together(lambda: read_checkpoint(path) if path else None)
+    resumed = start if goes_on else None
+    if resumed is not None:
+        check_same_recipe(resumed.recipe, recipe, str(path))
+        progress.say(f"going on from step {resumed.state.step} (epoch {resumed.state.epoch})")
     corpus = prepare_corpus(
         recipe.corpus,
         recipe.model.total_stride,
@@ -46,7 +52,7 @@ def build_run(recipe: Recipe, engine: Engine, progress: Progress, stop: StopRequ
     _check_corpus(corpus, resumed, engine, progress, recipe)
     model = build_model(recipe.model, feature_dim=corpus.normalization.feature_dim, num_classes=len(corpus.vocabulary))
     if start is not None:
-        _load_start(model, start, corpus, progress, where=recipe.run.resume if resumed else recipe.run.init_from)
+        _load_start(model, start, corpus, progress, where=str(path))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     engine.prepare(model.to(engine.device), make_optimizer(model, recipe.optimization))
     state = RunState()
@@ -87,6 +93,14 @@ def build_run(recipe: Recipe, engine: Engine, progress: Progress, stop: StopRequ
     )
 
 
+def _with_absolute_paths(recipe: Recipe) -> Recipe:
+    """Let the stored recipe find the corpus from any folder."""
+    corpus = recipe.corpus
+    annotations = str(Path(corpus.annotations).absolute()) if corpus.annotations else ""
+    data_dir = str(Path(corpus.data_dir).absolute())
+    return dataclasses.replace(recipe, corpus=dataclasses.replace(corpus, data_dir=data_dir, annotations=annotations))
+
+
 def make_training_loader(recipe: Recipe, corpus: TrainingCorpus, engine: Engine) -> TrainingLoader:
     """Build the loader of the training plan."""
     c = recipe.corpus
@@ -109,7 +123,7 @@ def make_training_loader(recipe: Recipe, corpus: TrainingCorpus, engine: Engine)
         vocabulary=corpus.vocabulary,
         objective=recipe.objective,
         num_workers=c.num_workers,
-        pin_memory=engine.device.type == "cuda",
+        pin_memory=engine.pins_memory,
     )
 
 
@@ -119,7 +133,7 @@ def _evaluation_loader(recipe: Recipe, corpus: TrainingCorpus, engine: Engine, c
         vocabulary=corpus.vocabulary,
         total_stride=recipe.model.total_stride,
         num_workers=recipe.corpus.num_workers,
-        pin_memory=engine.device.type == "cuda",
+        pin_memory=engine.pins_memory,
     )
 
 
@@ -130,26 +144,19 @@ def _train_subset(recipe: Recipe, corpus: TrainingCorpus, engine: Engine) -> Eva
     return _evaluation_loader(recipe, corpus, engine, [corpus.train[i] for i in chosen]) if count else None
 
 
-def _find_resumed(
-    recipe: Recipe, engine: Engine, store: CheckpointStore, progress: Progress, existed: bool
-) -> Checkpoint | None:
-    """Read the checkpoint to go on from, if the recipe asks for one."""
-    if recipe.run.resume in ("", "auto"):
-        path = engine.on_main(lambda: store.newest_sound(progress.say)) if recipe.run.resume else None
-        if path is None:
-            if existed:
-                progress.say(f"{recipe.run.output_dir}: no sound checkpoint, starting from the beginning")
-            return None
-        checkpoint = read_checkpoint(path)
-    else:
-        checkpoint = _read(recipe.run.resume, "last")
-    check_same_recipe(checkpoint.recipe, recipe, recipe.run.resume)
-    progress.say(f"going on from step {checkpoint.state.step} (epoch {checkpoint.state.epoch})")
-    return checkpoint
-
-
-def _read(path: str, prefer: str) -> Checkpoint:
-    return read_checkpoint(find_checkpoint(Path(path), prefer=prefer))
+def _find_start(
+    recipe: Recipe, store: CheckpointStore, progress: Progress, *, existed: bool
+) -> tuple[Path | None, bool]:
+    """Find the checkpoint that weights come from, if any, and tell whether the run goes on from it."""
+    if recipe.run.resume == "auto":
+        path = store.newest_sound(progress.say)
+        if path is not None:
+            return path, True
+        if existed:
+            progress.say(f"{recipe.run.output_dir}: no sound checkpoint, starting from the beginning")
+    elif recipe.run.resume:
+        return find_checkpoint(Path(recipe.run.resume), prefer="last"), True
+    return (find_checkpoint(Path(recipe.run.init_from)) if recipe.run.init_from else None), False
 
 
 def _known_normalization(start: Checkpoint | None, recipe: Recipe) -> Normalization | None:

@@ -20,7 +20,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from trainer.errors import InputError
+from trainer.errors import InputError, TrainingFailedError
 from trainer.recipe import RunRecipe
 
 Result = TypeVar("Result")
@@ -69,6 +69,11 @@ class Engine:
         self.optimizer: Any = None
 
     @property
+    def pins_memory(self) -> bool:
+        """Tell whether host memory should be pinned for copies to the device."""
+        return self.device.type == "cuda"
+
+    @property
     def is_main(self) -> bool:
         """Tell whether this rank writes what is shared."""
         return self.rank == 0
@@ -89,8 +94,7 @@ class Engine:
     @contextlib.contextmanager
     def micro_batch(self, *, is_last: bool) -> Iterator[None]:
         """Enclose forward and backward of a micro-batch; only the last one of a step communicates."""
-        synchronise = contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model)
-        with synchronise, self.autocast():
+        with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
             yield
 
     def backward(self, loss_sum: Tensor, denominator: float) -> None:
@@ -131,18 +135,40 @@ class Engine:
         return items
 
     def on_main(self, act: Callable[[], Result]) -> Result:
-        """Run `act` on rank 0 and return its result on every rank; an `InputError` is raised on all of them."""
+        """Run `act` on rank 0 and return its result on every rank.
+
+        An `InputError` is raised on all ranks; after any other failure of rank 0 the others leave too.
+        """
         outcome: list[Any] = [None, None]
+        failure: Exception | None = None
         if self.is_main:
             try:
                 outcome[0] = act()
             except InputError as error:
                 outcome[1] = error
+            except Exception as error:
+                failure = error
+                outcome[1] = TrainingFailedError(f"rank 0: {type(error).__name__}: {error}")
         if self.world_size > 1:
             dist.broadcast_object_list(outcome, src=0)
+        if failure is not None:
+            raise failure
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
+
+    def together(self, act: Callable[[], Result]) -> Result:
+        """Run `act` on every rank; an `InputError` of any of them is raised on all, once for what several found."""
+        result: Result | None = None
+        problems: tuple[str, ...] = ()
+        try:
+            result = act()
+        except InputError as error:
+            problems = error.problems
+        found = dict.fromkeys(problem for part in self.gather_objects(problems) for problem in part)
+        if found:
+            raise InputError(found)
+        return result  # type: ignore[return-value]
 
     def full_state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the whole model's and the whole optimizer's tensors by name, on the host.
@@ -204,6 +230,12 @@ def _check_launcher(recipe: RunRecipe) -> None:
         for variable, name in _UNSUPPORTED.items()
         if os.environ.get(variable, "false").lower() in ("1", "true")
     ]
+    if os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") not in ("", "1"):
+        # Accelerate would divide every gradient by it.
+        problems.append(
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS: accumulation belongs to the recipe "
+            "(--gradient_accumulation_steps); remove it from the launch configuration and the environment"
+        )
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked not in ("no", recipe.mixed_precision):
         problems.append(

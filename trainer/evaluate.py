@@ -11,15 +11,16 @@ from typing import Any
 
 from trainer.checkpoint.content import Checkpoint, read_checkpoint
 from trainer.checkpoint.store import find_checkpoint
-from trainer.data.allotment import slot_frames
 from trainer.data.corpus import Clip, read_split
 from trainer.data.loader import ClipReader, EvaluationLoader
 from trainer.data.prepare import annotations_of
 from trainer.engine import Engine
 from trainer.errors import InputError, exit_on_input_error, name_some
 from trainer.files import write_json
+from trainer.layout import slot_frames
 from trainer.models.build import build_model, load_weights
 from trainer.observe.progress import Progress
+from trainer.options import OptionParser
 from trainer.scoring.ctm_stm import CtmRow, StmRow, write_ctm, write_stm
 from trainer.scoring.decoding import Emission
 from trainer.scoring.protocols import PROTOCOLS
@@ -29,19 +30,23 @@ _CLIPS_PER_CELL = 8
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, build, evaluate, report; return the exit code."""
-    options = _parser().parse_args(argv)
+    """Parse, build, evaluate, report; return the exit code: 1 where `--max_wer` names a WER that was exceeded."""
+    options = _parse(argv)
     with ExitStack() as stack:
         folder = find_checkpoint(options.checkpoint)
         checkpoint = read_checkpoint(folder, with_optimizer=False)
         recipe = checkpoint.recipe
         engine = Engine(dataclasses.replace(recipe.run, mixed_precision=options.mixed_precision))
         stack.callback(engine.close)
+        if len(set(engine.gather_objects(str(folder)))) > 1:
+            raise InputError(f"{options.checkpoint}: a run published a checkpoint just now; name one, e.g. {folder}")
         progress = Progress(enabled=engine.is_main)
         stack.callback(progress.close)
-        clips = _read_clips(options, checkpoint, progress)
+        clips = engine.together(lambda: _read_clips(options, checkpoint, progress))
         if engine.world_size > len(clips):
             raise InputError(f"{options.split}: {len(clips)} clips for {engine.world_size} ranks; start fewer ranks")
+        output = options.output_dir or _default_output(folder)
+        engine.on_main(lambda: _prepare_output(output))
         model = build_model(
             recipe.model, feature_dim=checkpoint.normalization.feature_dim, num_classes=len(checkpoint.vocabulary)
         )
@@ -52,32 +57,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             vocabulary=checkpoint.vocabulary,
             total_stride=recipe.model.total_stride,
             num_workers=options.num_workers,
-            pin_memory=engine.device.type == "cuda",
+            pin_memory=engine.pins_memory,
         )
         protocol = options.protocol or recipe.run.protocol
         longest = int(slot_frames(loader.num_frames, loader.total_stride).max())
         budget = options.max_frames_per_microbatch or _CLIPS_PER_CELL * longest
-        try:
-            result = evaluate(engine, loader, budget=budget, protocol=protocol)
-        except InputError as error:
-            error.local = True
-            raise
+        result = evaluate(engine, loader, budget=budget, protocol=protocol)
         emissions = {index: found for part in engine.gather_objects(result.emissions) for index, found in part.items()}
-        output = options.output_dir or _default_output(folder)
         report = _report(options, folder, checkpoint, clips, result, protocol)
         engine.on_main(lambda: _write(output, report, options, clips, emissions, checkpoint))
         progress.say(_table(report, output / f"{options.split}.json"))
-    return 0
+        return 1 if options.max_wer is not None and not result.counts.wer <= options.max_wer else 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="signscale evaluate", description=__doc__, allow_abbrev=False)
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = OptionParser(prog="signscale evaluate", description=__doc__)
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="run directory (its best checkpoint), or checkpoint"
     )
     parser.add_argument("--split", default="test", help="split to evaluate (default: test)")
     parser.add_argument("--data_dir", help="corpus folder (default: the run's)")
-    parser.add_argument("--annotations", help="annotations (default: the run's, or DATA_DIR/annotations)")
+    parser.add_argument("--annotations", help="annotations (default: the run's, or in DATA_DIR)")
     parser.add_argument("--protocol", choices=PROTOCOLS, help="scoring protocol (default: the run's)")
     parser.add_argument(
         "--output_dir", type=Path, help="where to write <split>.json, .ctm and .stm (default: RUN/evaluation)"
@@ -88,10 +88,29 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max_frames_per_microbatch", type=int, default=0, help="memory budget in frames (default: 8 longest clips)"
     )
-    parser.add_argument(
-        "--fps", type=float, default=25.0, help="frames per second, for the times in the CTM (default: 25)"
-    )
-    return parser
+    parser.add_argument("--fps", type=float, default=25.0, help="frames per second, for times in the CTM (default: 25)")
+    parser.add_argument("--max_wer", type=float, help="exit code 1 if the WER, in percent, is above this")
+    options = parser.parse(argv)
+    problems = [
+        f"--{name} {getattr(options, name)}: expected 0 or more"
+        for name in ("num_workers", "max_frames_per_microbatch")
+        if getattr(options, name) < 0
+    ]
+    if not 0 < options.fps < float("inf"):
+        problems.append(f"--fps {options.fps}: expected a number above 0; 25 is usual")
+    if problems:
+        raise InputError(problems)
+    return options
+
+
+def _prepare_output(output: Path) -> None:
+    """Make the output folder, and see that it can be written to, before anything is computed."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(probe := output / ".probe.json", {})
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written to ({error.strerror}); choose another --output_dir") from error
 
 
 def _read_clips(options: argparse.Namespace, checkpoint: Checkpoint, progress: Progress) -> list[Clip]:
@@ -106,7 +125,7 @@ def _read_clips(options: argparse.Namespace, checkpoint: Checkpoint, progress: P
         Path(corpus.data_dir),
         annotations_of(corpus),
         options.split,
-        allow_missing=options.allow_missing,
+        allow_missing=options.allow_missing or corpus.allow_missing,
         log=progress.say,
         expected_dim=checkpoint.normalization.feature_dim,
     )
@@ -158,7 +177,6 @@ def _write(
 ) -> None:
     """Write the hypotheses as they were decoded (CTM), the references (STM), and the report last."""
     seconds = checkpoint.recipe.model.total_stride / options.fps
-    output.mkdir(parents=True, exist_ok=True)
     write_ctm(
         output / f"{options.split}.ctm",
         [
@@ -174,7 +192,7 @@ def _write(
     )
     write_stm(
         output / f"{options.split}.stm",
-        [StmRow(id=clip.id, glosses=clip.glosses, signer=clip.signer or "unknown") for clip in clips],
+        [StmRow(id=clip.id, glosses=clip.glosses, signer="_".join(clip.signer.split()) or "unknown") for clip in clips],
     )
     write_json(output / f"{options.split}.json", report)
 

@@ -16,10 +16,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from trainer.data.allotment import slot_frames
-from trainer.data.randomness import UInt64s, mix
+from trainer.randomness import UInt64s, mix
 
 Indices = npt.NDArray[np.int64]
+
+
+def slot_frames(num_frames: Indices, total_stride: int) -> Indices:
+    """Count the frames that each clip takes on the model's time axis, `[n]` to `[n]`.
+
+    A slot is the clip rounded up to whole output frames plus the guard of silence (at least three frames, the reach
+    of the widest kernel) that keeps neighbours apart.
+    """
+    guard = -(-3 // total_stride)
+    return (-(-num_frames // total_stride) + guard) * total_stride
 
 
 @dataclass(frozen=True, kw_only=True)

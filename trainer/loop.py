@@ -12,12 +12,12 @@ from typing import Any
 
 from trainer.checkpoint.content import Checkpoint, RunState
 from trainer.checkpoint.store import CheckpointStore
-from trainer.data.allotment import slot_frames
 from trainer.data.batch import MicroBatch
 from trainer.data.loader import EvaluationLoader, StepShare, TrainingLoader
 from trainer.data.prepare import TrainingCorpus
 from trainer.engine import Engine
-from trainer.errors import InputError, TrainingFailedError, name_some
+from trainer.errors import TrainingFailedError, name_some
+from trainer.layout import slot_frames
 from trainer.observe.progress import Progress
 from trainer.observe.red_flags import find_red_flags
 from trainer.observe.trackers import Tracker
@@ -28,6 +28,8 @@ from trainer.step import StepOutcome, train_step
 from trainer.validation import Evaluation, evaluate
 
 _MOST_SKIPS_IN_A_ROW = 10
+_STOPPED = "stopped"
+_STOPPED_ON_REQUEST = f"{_STOPPED} on request"
 
 
 @dataclass(kw_only=True)
@@ -63,14 +65,23 @@ class TrainingRun:
     def run(self) -> int:
         """Train to the end; return the exit code: 0, or 1 where the recipe names a target WER that was not reached."""
         self.progress.start(total=self.total_steps, done=self.state.step)
-        if self.state.step == 0:
-            # The figure to beat; and a dev split that cannot be evaluated shows before training time is spent.
-            self._log(self._validate())
-        reason = self._end_reason() or self._train()
+        reason = self._begin() or self._end_reason() or self._train()
         self.progress.say(self._summary(reason))
         target = self.recipe.run.target_wer
         reached = target is None or (self.state.best_wer is not None and self.state.best_wer <= target)
-        return 0 if reached or reason.startswith("stopped") else 1
+        return 0 if reached or reason.startswith(_STOPPED) else 1
+
+    def _begin(self) -> str | None:
+        """Validate before the first step, or where the last attempt left a validation undone."""
+        if self._validation_due():
+            return self._validate_and_save()
+        if self.state.step == 0:
+            # The figure to beat; and a dev split that cannot be evaluated shows before training time is spent.
+            metrics = self._validate()
+            if metrics is None:
+                return _STOPPED_ON_REQUEST
+            self._log(metrics)
+        return None
 
     def _train(self) -> str:
         """Take steps until there is a reason not to; return it."""
@@ -85,10 +96,6 @@ class TrainingRun:
             )
             try:
                 reason = self._train_epoch(steps)
-            except InputError as error:
-                # A clip that cannot be read any more is known to the rank that has it, and to no other.
-                error.local = True
-                raise
             finally:
                 steps.close()
             if reason:
@@ -154,28 +161,51 @@ class TrainingRun:
     def _boundary(self, outcome: StepOutcome) -> str | None:
         """Log, validate and save where due; return why the run ends here, if it does."""
         run, step = self.recipe.run, self.state.step
-        reason = self._end_reason()
-        if reason is None and outcome.stop_requested:
-            reason = "stopped on request"
-        if reason is None and run.stop_after_steps and step - self.first_step >= run.stop_after_steps:
-            reason = f"stopped after {run.stop_after_steps} steps, as --stop_after_steps says"
-        stopped = reason is not None and reason.startswith("stopped")
-        due = step % run.evaluate_every == 0 if run.evaluate_every else self.state.position == 0
-        metrics: dict[str, Any] = {}
-        is_best = False
-        if (due and not stopped) or (reason is not None and not stopped):
-            metrics, is_best = self._validate(), self.state.best_step == step
-            reason = reason or self._enough()
-        if metrics or step % run.log_every == 0 or (reason and not stopped):
-            self._log(metrics)
-        if metrics or reason or (run.save_every and step % run.save_every == 0):
-            self._save(is_best)
+        reason = self._end_reason() or self._stop_reason(outcome)
+        if self._validation_due():
+            if reason is not None and reason.startswith(_STOPPED):
+                # Whoever asked may not wait for a validation: the next attempt begins with it.
+                self._save(is_best=False)
+                return reason
+            return self._validate_and_save() or reason
+        if step % run.log_every == 0:
+            self._log({})
+        if reason or (run.save_every and step % run.save_every == 0):
+            self._save(is_best=False)
         return reason
 
+    def _validation_due(self) -> bool:
+        state, every = self.state, self.recipe.run.evaluate_every
+        if state.step == 0 or state.last_validation == state.step:
+            return False
+        return self._is_finished() or (state.step % every == 0 if every else state.position == 0)
+
+    def _validate_and_save(self) -> str | None:
+        """Validate, log and save; return why the run ends after it, if it does."""
+        metrics = self._validate()
+        if metrics is None:
+            self._save(is_best=False)
+            return _STOPPED_ON_REQUEST
+        self._log(metrics)
+        self._save(is_best=self.state.best_step == self.state.step)
+        return self._enough()
+
+    def _is_finished(self) -> bool:
+        run = self.recipe.run
+        return self.state.epoch >= run.epochs or bool(run.max_steps and self.state.step >= run.max_steps)
+
     def _end_reason(self) -> str | None:
-        if self.state.step >= self.total_steps or self.state.epoch >= self.recipe.run.epochs:
+        if self._is_finished():
             return "finished"
         return self._enough() if self.state.last_validation == self.state.step > 0 else None
+
+    def _stop_reason(self, outcome: StepOutcome) -> str | None:
+        limit = self.recipe.run.stop_after_steps
+        if outcome.stop_requested:
+            return _STOPPED_ON_REQUEST
+        if limit and self.state.step - self.first_step >= limit:
+            return f"{_STOPPED} after {limit} steps, as --stop_after_steps says"
+        return None
 
     def _enough(self) -> str | None:
         """Say why the last validation ends the run, if it does."""
@@ -186,28 +216,37 @@ class TrainingRun:
             return f"no better {run.selection_metric} in {state.validations_since_best} validations"
         return None
 
-    def _validate(self) -> dict[str, Any]:
-        """Evaluate the dev split and the fixed training subset; keep the best and the patience."""
+    def _validate(self) -> dict[str, Any] | None:
+        """Evaluate the dev split and the fixed training subset; keep the best and the patience. None: asked to stop."""
         result = self._evaluate(self.dev)
+        subset = self._evaluate(self.train_subset) if result and self.train_subset else None
+        if result is None or (self.train_subset and subset is None):
+            return None
         metrics = result.metrics("val")
-        if self.train_subset is not None:
-            metrics["train/wer"] = self._evaluate(self.train_subset).counts.wer
+        if subset is not None:
+            metrics["train/wer"] = subset.counts.wer
         state = self.state
-        value = result.counts.wer if self.recipe.run.selection_metric == "wer" else result.loss
         state.last_validation = state.step
-        if state.first_wer is None:
+        if state.step == 0:
             state.first_wer = result.counts.wer
-        if state.step:
-            state.best_wer = min(result.counts.wer, math.inf if state.best_wer is None else state.best_wer)
-            state.validations_since_best += 1
-            if state.best is None or value < state.best:
-                state.best, state.best_step, state.validations_since_best = value, state.step, 0
+            return metrics
+        state.best_wer = min(result.counts.wer, math.inf if state.best_wer is None else state.best_wer)
+        state.validations_since_best += 1
+        value = result.counts.wer if self.recipe.run.selection_metric == "wer" else result.loss
+        if math.isfinite(value) and (state.best is None or value < state.best):
+            state.best, state.best_step, state.validations_since_best = value, state.step, 0
         for flag in find_red_flags(metrics, epoch=state.epoch, warmup_epochs=self.recipe.optimization.warmup_epochs):
             self.progress.say(flag)
         return metrics
 
-    def _evaluate(self, loader: EvaluationLoader) -> Evaluation:
-        return evaluate(self.engine, loader, budget=self.budget, protocol=self.recipe.run.protocol)
+    def _evaluate(self, loader: EvaluationLoader) -> Evaluation | None:
+        return evaluate(
+            self.engine,
+            loader,
+            budget=self.budget,
+            protocol=self.recipe.run.protocol,
+            stop_requested=lambda: self.stop.requested,
+        )
 
     def _log(self, extra: dict[str, Any]) -> None:
         """Write one line: the means since the last one, and `extra`."""
@@ -231,7 +270,7 @@ class TrainingRun:
             tracker.log(metrics)
         self.progress.show(metrics)
 
-    def _save(self, is_best: bool) -> None:
+    def _save(self, *, is_best: bool) -> None:
         self.engine.on_main(lambda: self._publish(is_best))
 
     def _publish(self, is_best: bool) -> None:
@@ -273,7 +312,7 @@ class TrainingRun:
                 f"{run.selection_metric} {state.best:.4g} at step {state.best_step}"
             )
         goal = ""
-        if run.target_wer is not None and not reason.startswith(("reached", "stopped")):
+        if run.target_wer is not None and not reason.startswith(("reached", _STOPPED)):
             goal = f"; target WER {run.target_wer} % NOT reached"
-        go_on = "; go on with --resume auto" if reason.startswith("stopped") else ""
+        go_on = "; go on with --resume auto" if reason.startswith(_STOPPED) else ""
         return f"{reason} at step {state.step}{best}{goal}{go_on} ({run.output_dir})"

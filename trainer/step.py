@@ -53,7 +53,8 @@ def train_step(
         cell = next(cells).to(engine.device)
         waited += time.perf_counter() - asked
         with engine.micro_batch(is_last=number == last):
-            logits = engine.model(cell.features, cell.layout)
+            with engine.autocast():
+                logits = engine.model(cell.features, cell.layout)
             loss_sum = ctc_objective(
                 logits, cell.layout.output_lengths, cell.labels, cell.partner_labels, label_smoothing
             )

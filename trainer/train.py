@@ -23,10 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         progress = Progress(enabled=engine.is_main)
         stack.callback(progress.close)
         stop = StopRequest()
-        stop.install()
         run = build_run(recipe, engine, progress, stop)
         for tracker in run.trackers:
             stack.callback(tracker.close)
+        # Before this there is nothing to save, and a signal ends the process as usual.
+        stop.install()
         return run.run()
 
 

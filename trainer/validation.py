@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -40,32 +42,54 @@ class Evaluation:
         }
 
 
-def evaluate(engine: Engine, loader: EvaluationLoader, *, budget: int, protocol: Protocol) -> Evaluation:
+@overload
+def evaluate(engine: Engine, loader: EvaluationLoader, *, budget: int, protocol: Protocol) -> Evaluation: ...
+
+
+@overload
+def evaluate(
+    engine: Engine, loader: EvaluationLoader, *, budget: int, protocol: Protocol, stop_requested: Callable[[], bool]
+) -> Evaluation | None: ...
+
+
+def evaluate(
+    engine: Engine,
+    loader: EvaluationLoader,
+    *,
+    budget: int,
+    protocol: Protocol,
+    stop_requested: Callable[[], bool] | None = None,
+) -> Evaluation | None:
     """Evaluate a split with the engine's model; `budget` in frames bounds a micro-batch.
 
-    Counts are int64 sums over clips, in one reduction that also proves the coverage: each clip once. Raises
-    `AssertionError` if a clip was missed or counted twice.
+    Counts are int64 sums over clips, in one reduction that also proves the coverage: each clip once. Returns None on
+    all ranks if `stop_requested` became true on one of them, after the cell at hand. Raises `AssertionError` if a clip
+    was missed or counted twice.
     """
     model = engine.module
     model.eval()
     clips = loader.reader.clips
     seen = torch.zeros(len(clips), dtype=torch.int64)
     counts = WerCounts.zero()
-    loss_sum = torch.zeros(1, dtype=torch.float64)
-    frames = torch.zeros(3, dtype=torch.int64)
+    frames, blanks, losses = 0, 0, _LossSum()
     emissions: dict[int, list[Emission]] = {}
-    cells = loader.cells(rank=engine.rank, world_size=engine.world_size, budget=budget)
-    with torch.no_grad():
+    with (
+        torch.no_grad(),
+        contextlib.closing(loader.cells(rank=engine.rank, world_size=engine.world_size, budget=budget)) as cells,
+    ):
+        # Every rank has as many cells as every other, so that all of them ask at the same places.
         for cell in cells:
+            if stop_requested is not None and engine.all_reduce(torch.tensor([int(stop_requested())])).item():
+                model.train()
+                return None
             if cell is None:
                 continue
-            decoded, losses, has_loss = _run_cell(engine, model, cell)
-            loss_sum += losses.sum()
-            frames[2] += int(has_loss.sum())
+            decoded, clip_losses, has_loss = _run_cell(engine, model, cell)
+            losses.add(clip_losses[has_loss])
             for index, labels in zip(cell.clips, decoded, strict=True):
                 seen[index] += 1
-                frames[0] += len(labels)
-                frames[1] += int((labels == 0).sum())
+                frames += len(labels)
+                blanks += int((labels == 0).sum())
                 emissions[index] = list(best_path(labels))
             references = [clips[index].glosses for index in cell.clips]
             hypotheses = [
@@ -73,21 +97,36 @@ def evaluate(engine: Engine, loader: EvaluationLoader, *, budget: int, protocol:
             ]
             counts = counts + score(references, hypotheses, protocol)
     model.train()
-    vector = torch.cat([torch.tensor(counts.as_vector(), dtype=torch.int64), frames, seen])
+    sums = [frames, blanks, losses.clips, losses.not_finite, losses.total]
+    vector = torch.tensor([*counts.as_vector(), *sums, *seen.tolist()], dtype=torch.int64)
     engine.all_reduce(vector)
-    engine.all_reduce(loss_sum)
     width = len(counts.as_vector())
-    counts = WerCounts.from_vector(vector[:width].tolist())
-    num_frames, num_blank, loss_clips = vector[width : width + 3].tolist()
-    if not bool((vector[width + 3 :] == 1).all()):
+    frames, blanks, loss_clips, not_finite, loss_total = vector[width : width + len(sums)].tolist()
+    if not bool((vector[width + len(sums) :] == 1).all()):
         raise AssertionError("an evaluation must count each clip exactly once")
     return Evaluation(
-        counts=counts,
-        loss=float(loss_sum) / loss_clips if loss_clips else float("nan"),
+        counts=WerCounts.from_vector(vector[:width].tolist()),
+        loss=loss_total * _LossSum.UNIT / loss_clips if loss_clips and not not_finite else float("nan"),
         loss_clips=loss_clips,
-        blank_rate=num_blank / max(1, num_frames),
+        blank_rate=blanks / max(1, frames),
         emissions=emissions,
     )
+
+
+class _LossSum:
+    """A sum of losses in fixed point: an integer like the counts, the same in any order and on any number of ranks."""
+
+    UNIT = 2.0**-24
+
+    def __init__(self) -> None:
+        self.clips = self.not_finite = self.total = 0
+
+    def add(self, losses: torch.Tensor) -> None:
+        """Add the losses of clips that have one, in nats."""
+        finite = losses[torch.isfinite(losses)]
+        self.clips += len(losses)
+        self.not_finite += len(losses) - len(finite)
+        self.total += int((finite / self.UNIT).round().long().sum())
 
 
 def _run_cell(
@@ -100,8 +139,7 @@ def _run_cell(
     log_probs = float32_log_probs(logits)
     has_loss = cell.labels.weights > 0
     losses = ctc_losses(log_probs, cell.layout.output_lengths, moved.labels).cpu().double()
-    # Where there is no loss the value is that of a stand-in label: it must not reach the sum, not even as 0 * inf.
-    losses = torch.where(has_loss, losses / cell.labels.lengths, torch.zeros_like(losses))
+    losses = losses / cell.labels.lengths
     best = logits.argmax(dim=-1).cpu().numpy()
     ends = np.cumsum(cell.layout.output_lengths)
     return np.split(best, ends[:-1]), losses, has_loss

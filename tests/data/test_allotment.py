@@ -11,8 +11,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from trainer.data.allotment import Allotment, allot, slot_frames
+from trainer.data.allotment import Allotment, allot
 from trainer.data.lengths import draw_phoenix_lengths
+from trainer.layout import slot_frames
 
 REAL_LENGTHS = Path(__file__).parents[3] / "shared" / "data" / "phoenix2014_lengths.csv"
 STRIDE, CLIPS_PER_RANK = 4, 8

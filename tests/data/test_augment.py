@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.data.augment import NO_AUGMENTATION, Augmentation, augment, augmented_lengths, resample
-from trainer.data.randomness import clip_keys
+from trainer.randomness import clip_keys
 
 KEYS = clip_keys([f"clip {i}" for i in range(2000)])
 

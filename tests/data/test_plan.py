@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from trainer.data.augment import NO_AUGMENTATION, Augmentation
 from trainer.data.lengths import draw_adjacent_repeats, draw_phoenix_lengths
 from trainer.data.plan import Plan
-from trainer.data.randomness import clip_keys, mix, uniform
+from trainer.randomness import clip_keys, mix, uniform
 
 STRIDE = 4
 

@@ -66,7 +66,7 @@ def test_a_failed_save_leaves_the_older_file(tmp_path: Path, monkeypatch: pytest
     def fail(descriptor: int) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("trainer.data.vocabulary.os.fsync", fail)
+    monkeypatch.setattr("trainer.files.os.fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         Vocabulary(["WIND"]).save(path)
     assert Vocabulary.load(path).glosses == ("REGEN",)

@@ -97,6 +97,39 @@ def test_one_rank_that_is_asked_to_stop_stops_all(corpus: Path, tmp_path: Path) 
     assert (run / "checkpoints" / "last.json").exists()
 
 
+def test_a_validation_that_a_stop_left_undone_is_made_up_for(corpus: Path, tmp_path: Path) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    flags = ["--evaluate_every", "4", "--max_steps", "8", "--log_every", "4"]
+    train(1, corpus, whole, *RUN, *flags)
+    # The stop falls on the very step that a validation is due at.
+    train(1, corpus, run, *RUN, *flags, "--stop_after_steps", "4")
+    train(1, corpus, run, *RUN, *flags, "--resume", "auto")
+    for name in ("step", "val/wer", "val/loss", "train/loss"):
+        assert column(run, name) == column(whole, name)
+    assert (run / "checkpoints" / "best.json").read_text() == (whole / "checkpoints" / "best.json").read_text()
+
+
+def test_linear_scaling_on_more_ranks_still_trains_every_epoch(corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = [
+        "--batch_scaling",
+        "linear",
+        "--max_steps",
+        "0",
+        "--epochs",
+        "4",
+        "--batch_size",
+        "5",
+        "--mixup_alpha",
+        "0",
+    ]
+    train(1, corpus, run, *RUN, *flags, "--stop_after_steps", "20")
+    train(2, corpus, run, *RUN, *flags, "--resume", "auto")
+    # 20 steps of 5 clips are two and a half epochs; 60 clips are left, 10 a step.
+    assert column(run, "step")[-1] == 26
+    assert column(run, "epoch")[-1] == 4
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut"])
 def test_resume_auto_passes_over_a_damaged_checkpoint_aloud(corpus: Path, tmp_path: Path, damage: str) -> None:
     run = tmp_path / "run"

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from trainer.data.randomness import clip_keys, mix
 from trainer.errors import InputError
 from trainer.layout import lay_out
 from trainer.models.build import build_model, load_weights
 from trainer.models.dropout import ClipDropout
 from trainer.models.inception import Mixed
 from trainer.models.teacher import FeatureTeacher, check_streams, mean_frames
+from trainer.randomness import clip_keys, mix
 from trainer.recipe import ModelRecipe
 
 DIM, CLASSES = 11, 9

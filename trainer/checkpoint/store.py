@@ -47,10 +47,12 @@ class CheckpointStore:
         temporary.mkdir()
         checkpoint.write(temporary)
         write_manifest(temporary)
+        replaced = self.folder / f".{final.name}.replaced.tmp"
         if final.exists():
-            # Only a damaged checkpoint, or one of a longer attempt that was given up, can stand in the way.
-            shutil.rmtree(final)
+            # The same step, saved again; the old one stays readable until the new one is complete.
+            final.replace(replaced)
         temporary.replace(final)
+        shutil.rmtree(replaced, ignore_errors=True)
         sync_folder(self.folder)
         self._point("last", checkpoint.state.step)
         if is_best:

@@ -16,16 +16,6 @@ import numpy.typing as npt
 Indices = npt.NDArray[np.int64]
 
 
-def slot_frames(num_frames: Indices, total_stride: int) -> Indices:
-    """Count the frames that each clip takes on the model's time axis, `[n]` to `[n]`.
-
-    A slot is the clip rounded up to whole output frames plus the guard of silence (at least three frames, the reach
-    of the widest kernel) that keeps neighbours apart.
-    """
-    guard = -(-3 // total_stride)
-    return (-(-num_frames // total_stride) + guard) * total_stride
-
-
 @dataclass(frozen=True, kw_only=True)
 class Allotment:
     """Cells of one global batch: `cells[rank][k]` holds positions in the batch, possibly none."""

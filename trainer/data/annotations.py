@@ -77,7 +77,7 @@ def find_annotation_file(annotations: str, split: str) -> Path:
     return found[0]
 
 
-def read_annotation_file(path: Path) -> list[Annotation]:
+def read_annotation_file(path: Path, *, allow_empty: bool = False) -> list[Annotation]:
     """Read an annotation file, in its order.
 
     The header gives the delimiter (`|`, tab or comma) and the columns: PHOENIX-2014, both spellings of
@@ -125,7 +125,12 @@ def read_annotation_file(path: Path) -> list[Annotation]:
                 f"{where}: duplicate id {annotation.id}, first found on line {first.line}; every clip needs "
                 f"an id of its own: remove or rename line {first.line} or line {number}"
             )
-        if not annotation.glosses:
+        if unwritable := [gloss for gloss in annotation.glosses if gloss == "[EMPTY]" or gloss.startswith(";;")]:
+            problems.append(
+                f"{where}: gloss {unwritable[0]!r} means a missing word or a comment in scoring files (CTM, STM); "
+                "rename the gloss"
+            )
+        if not annotation.glosses and not allow_empty:
             problems.append(
                 f"{where}: empty annotation of clip {annotation.id}, expected at least one gloss in column "
                 f"`{columns[roles['glosses']]}`; add its glosses or remove the line"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from trainer.data.randomness import UInt64s, generator, uniform
+from trainer.randomness import UInt64s, generator, uniform
 
 Frames = npt.NDArray[np.int64]
 Features = npt.NDArray[np.float32]

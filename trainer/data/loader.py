@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from trainer.data.allotment import Allotment, allot, slot_frames
+from trainer.data.allotment import Allotment, allot
 from trainer.data.augment import Augmentation, augment, resample
 from trainer.data.batch import Labels, MicroBatch, make_labels
 from trainer.data.corpus import Clip, min_output_frames
@@ -19,10 +19,10 @@ from trainer.data.features import read_features
 from trainer.data.normalization import Normalization
 from trainer.data.plan import GlobalBatch, Plan
 from trainer.data.prefetch import prefetch
-from trainer.data.randomness import clip_keys
 from trainer.data.vocabulary import Vocabulary
 from trainer.errors import InputError
-from trainer.layout import lay_out
+from trainer.layout import lay_out, slot_frames
+from trainer.randomness import clip_keys
 from trainer.recipe import ObjectiveRecipe
 
 Indices = npt.NDArray[np.int64]
@@ -52,13 +52,18 @@ class ClipReader:
     def read(self, index: int, *, check_finite: bool = False) -> npt.NDArray[np.float32]:
         """Return the features `[T, D]` of a clip; raises `InputError` that names its file."""
         clip = self.clips[index]
-        features = read_features(clip.source, check_finite=check_finite)
         expected = (clip.num_frames, self.normalization.feature_dim)
-        if features.shape != expected:
-            raise InputError(
-                f"{clip.source}: holds {list(features.shape)} values, {list(expected)} when the run began; do not "
-                "replace features during a run"
-            )
+        try:
+            features = read_features(clip.source, check_finite=check_finite)
+            if features.shape != expected:
+                raise InputError(
+                    f"{clip.source}: holds {list(features.shape)} values, {list(expected)} when the run began; do not "
+                    "replace features during a run"
+                )
+        except InputError as error:
+            # The rank that has the clip is the only one to know.
+            error.local = True
+            raise
         return self.normalization.apply(features)
 
 
@@ -207,7 +212,7 @@ class EvaluationLoader:
         self.pin_memory = pin_memory
         self.num_frames = np.array([clip.num_frames for clip in reader.clips], dtype=np.int64)
 
-    def cells(self, *, rank: int, world_size: int, budget: int) -> Iterator[MicroBatch | None]:
+    def cells(self, *, rank: int, world_size: int, budget: int) -> Generator[MicroBatch | None, None, None]:
         """Yield this rank's cells, as many as on every other rank; None stands for a cell without clips."""
         allotment = allot(slot_frames(self.num_frames, self.total_stride), world_size=world_size, budget=budget)
         return prefetch(allotment.cells[rank], self._assemble, self.num_workers)

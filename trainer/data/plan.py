@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.data.augment import NO_AUGMENTATION, Augmentation, ClipLengths, augmented_lengths
-from trainer.data.randomness import UInt64s, generator, mix
+from trainer.randomness import UInt64s, generator, mix
 
 Indices = npt.NDArray[np.int64]
 

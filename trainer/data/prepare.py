@@ -32,6 +32,9 @@ class Ranks(Protocol):
     def gather_objects(self, item: Any) -> list[Any]:
         """Return the items of all ranks, in their order, on every rank."""
 
+    def together(self, act: Callable[[], Any]) -> Any:
+        """Run `act` on every rank; raise the `InputError` of any of them on all."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingCorpus:
@@ -70,7 +73,7 @@ def prepare_corpus(
     `known` is a normalisation to use instead of computing one; `checked` the `files_hash` of a corpus that an earlier
     attempt has read in full, in which case features are not read again.
     """
-    train, dev = _read_both(recipe, log)
+    train, dev = ranks.together(lambda: _read_both(recipe, log))
     dim = feature_dim(train)
     vocabulary = Vocabulary.build(clip.glosses for clip in train)
     feasible = [clip for clip in train if is_feasible(clip, total_stride)]
@@ -85,10 +88,14 @@ def prepare_corpus(
         dev = feasible
     files_hash = hash_files([*feasible, *dev])
     normalization = known
-    if checked != files_hash or normalization is None:
-        moments = scan_in_shares(feasible, dim, ranks, recipe.num_workers)
+    # Times of change may differ between the machines' copies: one rank that must read makes all of them read.
+    if any(ranks.gather_objects(checked != files_hash)) or normalization is None:
+        moments, problems = scan_in_shares(feasible, dim, ranks, recipe.num_workers)
         if not recipe.overfit_clips:
-            scan_in_shares(dev, dim, ranks, recipe.num_workers)
+            problems += scan_in_shares(dev, dim, ranks, recipe.num_workers)[1]
+        if problems:
+            more = [f"and {len(problems) - 10} more bad files ({len(problems)} in all)"] if len(problems) > 10 else []
+            raise InputError(problems[:10] + more)
         normalization = normalization or from_moments(recipe.normalization, moments, dim)
     if normalization.feature_dim != dim:
         raise InputError(
@@ -111,11 +118,8 @@ def is_feasible(clip: Clip, total_stride: int) -> bool:
     return -(-clip.num_frames // total_stride) >= min_output_frames(clip.glosses)
 
 
-def scan_in_shares(clips: Sequence[Clip], dim: int, ranks: Ranks, num_workers: int) -> list[Moments]:
-    """Read and check clips, each on one rank; return their moments chunk by chunk, on every rank.
-
-    Raises one `InputError` that lists the bad files of all ranks.
-    """
+def scan_in_shares(clips: Sequence[Clip], dim: int, ranks: Ranks, num_workers: int) -> tuple[list[Moments], list[str]]:
+    """Read and check clips, each on one rank; return moments chunk by chunk, and what is wrong, on every rank."""
     chunks = range(0, len(clips), _CHUNK)
     mine: list[tuple[int, Moments | None, list[str]]] = []
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
@@ -130,10 +134,7 @@ def scan_in_shares(clips: Sequence[Clip], dim: int, ranks: Ranks, num_workers: i
             mine.append((start, merged, [scan.problem for scan in scans if scan.problem]))
     everyone = sorted((part for share in ranks.gather_objects(mine) for part in share), key=lambda part: part[0])
     problems = [problem for _, _, found in everyone for problem in found]
-    if problems:
-        more = [f"and {len(problems) - 10} more bad files ({len(problems)} in all)"] if len(problems) > 10 else []
-        raise InputError(problems[:10] + more)
-    return [moments for _, moments, _ in everyone if moments is not None]
+    return [moments for _, moments, _ in everyone if moments is not None], problems
 
 
 def hash_clips(clips: Sequence[Clip]) -> str:

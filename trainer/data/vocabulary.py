@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from trainer.errors import InputError, name_some
+from trainer.files import write_json
 
 BLANK = 0
 """Class of the CTC blank. It has no spelling, so that no gloss can be mistaken for it."""
@@ -57,17 +57,7 @@ class Vocabulary:
 
     def save(self, path: Path) -> None:
         """Write the vocabulary as JSON; the file appears complete or not at all."""
-        content = {"blank": BLANK, "fingerprint": self.fingerprint, "glosses": self.glosses}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                json.dump(content, file, ensure_ascii=False, indent=1)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_json(path, {"blank": BLANK, "fingerprint": self.fingerprint, "glosses": self.glosses})
 
     @property
     def fingerprint(self) -> str:

@@ -15,7 +15,7 @@ from trainer.models.temporal_head import TemporalHead
 
 
 class FeatureTeacher(nn.Module):
-    """Map clips of features to gloss logits; about 22 M parameters at D = 6516 and 1,296 classes.
+    """Map clips of features to gloss logits; about 25 M parameters at D = 6516 and 1,296 classes.
 
     A clip's logits depend on that clip alone: not on its padding (there is none), not on its batch.
     """

@@ -26,7 +26,7 @@ class Tracker(Protocol):
 
 
 class JsonLines:
-    """`metrics.jsonl`: one object a line, on disk before `log` returns."""
+    """`metrics.jsonl`: one object a line, handed to the system before `log` returns."""
 
     def __init__(self, path: Path, *, after_step: int) -> None:
         if path.exists():
