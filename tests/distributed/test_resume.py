@@ -33,7 +33,7 @@ def uninterrupted(request: pytest.FixtureRequest, corpus: Path, tmp_path_factory
 def test_a_run_killed_at_a_random_step_ends_in_the_same_bits(uninterrupted, corpus: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     world_size, whole = uninterrupted
     run = tmp_path / "run"
-    at = random.randint(4, 20)
+    at = random.randint(4, 15)
     print(f"killed after step {at}")
     flags = ["--data_dir", str(corpus), "--output_dir", str(run), *TINY, *RUN]
     process = subprocess.Popen(
