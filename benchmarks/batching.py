@@ -57,10 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     frames = (
         read_lengths(args.lengths, args.split) if args.lengths else draw_phoenix_lengths(PHOENIX_CLIPS, args.seed)[0]
     )
-    plan = make_plan(frames, args.seed)
+    plan = make_plan(frames, args.seed, args.shuffle_window)
     source = f"{args.lengths}, split {args.split}" if args.lengths else "generated"
     print(f"{len(frames)} clips ({source}), {frames.mean():.1f} frames on average, sd {frames.std():.1f}")
     figures: dict[str, object] = {"clips": len(frames), "lengths": source, "epochs": args.epochs}
+    figures["shuffle_window"] = args.shuffle_window
     figures |= report_sharing(plan, args.epochs)
     figures |= report_shuffle(plan, args.shuffle_epochs)
     print(json.dumps(figures))
@@ -77,6 +78,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--shuffle_epochs", type=at_least_two, default=1000, help="epochs for the uniformity of the shuffle"
     )
     parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--shuffle_window", type=int, default=1, help="global batches sorted by length together")
     return parser.parse_args(argv)
 
 
@@ -103,7 +105,7 @@ def read_lengths(path: Path, split: str) -> Frames:
     return np.array(frames, dtype=np.int64)
 
 
-def make_plan(frames: Frames, seed: int) -> Plan:
+def make_plan(frames: Frames, seed: int, shuffle_window: int = 1) -> Plan:
     """Plan as the trainer does, without augmentation or mixup; for these, glosses would matter."""
     return Plan(
         num_frames=frames,
@@ -111,6 +113,7 @@ def make_plan(frames: Frames, seed: int) -> Plan:
         keys=clip_keys([f"clip-{index}" for index in range(len(frames))]),
         total_stride=TOTAL_STRIDE,
         seed=seed,
+        shuffle_window=shuffle_window,
     )
 
 

@@ -46,6 +46,7 @@ FLAGS_RESEARCHERS_USE = [
     "init_from",
     "batch_scaling",
     "max_frames_per_microbatch",
+    "shuffle_window",
     "loss_normalization",
     "allow_missing",
 ]

@@ -119,6 +119,7 @@ def make_training_loader(recipe: Recipe, corpus: TrainingCorpus, engine: Engine)
             seed=recipe.run.seed,
             augmentation=strengths if c.augment else NO_AUGMENTATION,
             mixup_alpha=recipe.objective.mixup_alpha,
+            shuffle_window=recipe.batch.shuffle_window,
         ),
         vocabulary=corpus.vocabulary,
         objective=recipe.objective,

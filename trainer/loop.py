@@ -86,6 +86,8 @@ class TrainingRun:
     def _train(self) -> str:
         """Take steps until there is a reason not to; return it."""
         while True:
+            if self.state.position == 0:
+                self.state.drawn_size = self.batch_size
             steps = self.loader.steps(
                 self.state.epoch,
                 self.state.position,
@@ -93,6 +95,7 @@ class TrainingRun:
                 rank=self.engine.rank,
                 world_size=self.engine.world_size,
                 budget=self.budget,
+                drawn_size=self.state.drawn_size,
             )
             try:
                 reason = self._train_epoch(steps)

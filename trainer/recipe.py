@@ -84,6 +84,8 @@ class BatchRecipe:
     """linear: multiply the global batch by the world size (the curve then depends on the hardware)."""
     learning_rate_rule: Literal["linear", "sqrt", "none"] = "linear"
     """How batch_scaling changes the learning rate: times world size, times its square root, or not."""
+    shuffle_window: PositiveInt = 1
+    """Global batches drawn together, sorted by length and cut, so that a step's clips are alike (1: plain shuffle)."""
     max_frames_per_microbatch: NonNegativeInt = 0
     """Memory budget of one forward and backward pass, in frames (0: batch_size x the longest training clip)."""
 

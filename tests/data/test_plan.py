@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -121,6 +121,64 @@ def test_any_two_clips_are_as_likely_to_meet_in_a_batch_however_long_they_are() 
     expected = epochs * (size - 1) / (clips - 1)
     # A plan that sorted by length would let neighbours meet always and others never.
     assert np.abs(pairs - expected).max() < 6 * np.sqrt(expected)
+
+
+# The shuffle window.
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_clips=st.integers(min_value=1, max_value=90),
+    size=st.integers(min_value=1, max_value=20),
+    window=st.integers(min_value=2, max_value=6),
+    epoch=st.integers(min_value=0, max_value=1000),
+)
+def test_a_window_sorts_what_was_drawn_uniformly_and_nothing_else(
+    num_clips: int, size: int, window: int, epoch: int
+) -> None:
+    plan = make_plan(num_clips, shuffle_window=window)
+    drawn, batches = plan.order(epoch), list(plan.batches(epoch, size))
+    whole = num_clips - num_clips % size
+    for start in range(0, whole, window * size):
+        stop = min(start + window * size, whole)
+        mine = [batch for batch in batches if start <= batch.position < stop]
+        assert sorted(int(c) for b in mine for c in b.clips) == sorted(drawn[start:stop].tolist())
+        # Cut from a sorted window: the batches' lengths do not overlap.
+        spans = sorted((int(b.num_frames.min()), int(b.num_frames.max())) for b in mine)
+        assert all(longest <= shortest for (_, longest), (shortest, _) in pairwise(spans))
+    if whole < num_clips:
+        assert batches[-1].clips.tolist() == drawn[whole:].tolist()
+
+
+def test_the_steps_of_a_window_are_not_ordered_by_length() -> None:
+    plan = make_plan(400, shuffle_window=10)
+    rising = [
+        [float(b.num_frames.mean()) for b in plan.batches(epoch, 10)][start : start + 10]
+        for epoch in range(10)
+        for start in range(0, 40, 10)
+    ]
+    assert sum(means == sorted(means) for means in rising) == 0
+    first = [means.index(min(means)) for means in rising]
+    assert len(set(first)) > 5
+
+
+def test_a_window_makes_the_clips_of_a_step_alike() -> None:
+    def spread(window: int) -> float:
+        plan = make_plan(4000, shuffle_window=window)
+        return float(np.mean([b.num_frames.max() / b.num_frames.mean() for b in plan.batches(0, 16)]))
+
+    assert spread(1) > 1.5
+    assert spread(8) < 1.25
+    assert spread(32) < 1.1
+
+
+@settings(max_examples=40, deadline=None)
+@given(window=st.integers(min_value=1, max_value=5), steps=st.integers(min_value=0, max_value=7))
+def test_a_batch_of_another_size_goes_on_with_the_clips_not_yet_seen(window: int, steps: int) -> None:
+    plan = make_plan(61, shuffle_window=window)
+    before = [int(c) for batch in list(plan.batches(3, 8))[:steps] for c in batch.clips]
+    after = [int(c) for batch in plan.batches(3, 5, position=len(before), drawn_size=8) for c in batch.clips]
+    assert sorted(before + after) == list(range(61))
 
 
 # Augmented lengths.

@@ -18,7 +18,7 @@ from tests.conftest import ROOT, TINY, column, command, environment, metrics, tr
 RUN = [
     *["--max_steps", "24", "--save_every", "3", "--log_every", "1", "--evaluate_every", "10", "--batch_size", "7"],
     *["--gradient_accumulation_steps", "1", "--augment", "true", "--dropout", "0.3", "--mixup_alpha", "0.3"],
-    *["--warmup_epochs", "1", "--learning_rate", "1e-3"],
+    *["--warmup_epochs", "1", "--learning_rate", "1e-3", "--shuffle_window", "2"],
 ]
 
 

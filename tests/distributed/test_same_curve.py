@@ -15,6 +15,7 @@ PLAIN = ["--dropout", "0", "--augment", "false", "--warmup_epochs", "0", "--lear
 WHOLE = [
     *["--dropout", "0.3", "--augment", "true", "--mixup_alpha", "0.4", "--label_smoothing", "0.1"],
     *["--warmup_epochs", "0", "--learning_rate", "1e-3", "--batch_size", "6"],
+    *["--shuffle_window", "3"],
 ]
 COMMON = ["--max_steps", STEPS, "--log_every", "1", "--evaluate_every", "30", "--gradient_accumulation_steps", "1"]
 ONE_CLIP, SOME, EVERYTHING = "1", "150", "100000"

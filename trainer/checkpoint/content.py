@@ -34,6 +34,8 @@ class RunState:
     """Epoch of the next step."""
     position: int = 0
     """Clips of that epoch already used."""
+    drawn_size: int = 0
+    """Clips of a global batch when that epoch began, which its order was drawn for."""
     best: float | None = None
     """Best value of the selection metric so far."""
     best_step: int | None = None

@@ -89,13 +89,13 @@ class TrainingLoader:
         self.num_glosses = np.array([len(classes) for classes in self.classes], dtype=np.int64)
 
     def steps(
-        self, epoch: int, position: int, *, size: int, rank: int, world_size: int, budget: int
+        self, epoch: int, position: int, *, size: int, rank: int, world_size: int, budget: int, drawn_size: int = 0
     ) -> Generator[tuple[StepShare, Iterator[MicroBatch]], None, None]:
         """Yield the steps of an epoch from `position` on, each with the iterator over this rank's cells.
 
-        The cells of a step must be used up before the next step is asked for.
+        The cells of a step must be used up before the next step is asked for; `drawn_size` as in `Plan.batches`.
         """
-        batches = self.plan.batches(epoch, size, position)
+        batches = self.plan.batches(epoch, size, position, drawn_size)
         shares, ahead = itertools.tee(self.share(batch, world_size, budget) for batch in batches)
         requests = ((share, cell) for share in ahead for cell in share.allotment.cells[rank])
         lengths = self.plan.lengths(epoch)
@@ -247,7 +247,13 @@ class EvaluationLoader:
 
 
 def make_plan(
-    clips: Sequence[Clip], *, total_stride: int, seed: int, augmentation: Augmentation, mixup_alpha: float
+    clips: Sequence[Clip],
+    *,
+    total_stride: int,
+    seed: int,
+    augmentation: Augmentation,
+    mixup_alpha: float,
+    shuffle_window: int = 1,
 ) -> Plan:
     """Build the plan of a run over the training clips."""
     return Plan(
@@ -258,4 +264,5 @@ def make_plan(
         seed=seed,
         augmentation=augmentation,
         mixup_alpha=mixup_alpha,
+        shuffle_window=shuffle_window,
     )

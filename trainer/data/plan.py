@@ -17,7 +17,7 @@ from trainer.randomness import UInt64s, generator, mix
 
 Indices = npt.NDArray[np.int64]
 
-_ORDER, _AUGMENT, _MIXUP, _DROPOUT = 11, 12, 13, 14
+_ORDER, _AUGMENT, _MIXUP, _DROPOUT, _WINDOW = 11, 12, 13, 14, 15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,7 @@ class Plan:
     seed: int
     augmentation: Augmentation = NO_AUGMENTATION
     mixup_alpha: float = 0.0
+    shuffle_window: int = 1
 
     @property
     def num_clips(self) -> int:
@@ -83,9 +84,32 @@ class Plan:
         """Derive the key of each clip's dropout in an epoch."""
         return mix(self.keys, _DROPOUT, self.seed, epoch)
 
-    def batches(self, epoch: int, size: int, position: int = 0) -> Iterator[GlobalBatch]:
-        """Yield the global batches of an epoch from the clip at `position` on; the last one may be smaller."""
-        order, frames = self.order(epoch), self.lengths(epoch).kept
+    def sequence(self, epoch: int, size: int) -> Indices:
+        """Return all clips of an epoch in the order they are used, in global batches of `size`.
+
+        Each window of `shuffle_window` global batches is drawn uniformly, sorted by length as a whole and cut, and its
+        batches are shuffled: the clips of a step are of like length, the lengths of successive steps are not ordered.
+        """
+        order = self.order(epoch)
+        if self.shuffle_window == 1:
+            return order
+        frames = self.lengths(epoch).kept
+        # The short batch at the end stays as it was drawn: sorted in, it would hold an epoch's extremes.
+        whole = self.num_clips - self.num_clips % size
+        for start in range(0, whole, self.shuffle_window * size):
+            window = order[start : min(start + self.shuffle_window * size, whole)]
+            batches = window[np.argsort(frames[window], kind="stable")].reshape(-1, size)
+            shuffled = generator(self.seed, _WINDOW, epoch, start).permutation(len(batches))
+            order[start : start + len(window)] = batches[shuffled].reshape(-1)
+        return order
+
+    def batches(self, epoch: int, size: int, position: int = 0, drawn_size: int = 0) -> Iterator[GlobalBatch]:
+        """Yield the global batches of an epoch from the clip at `position` on; the last one may be smaller.
+
+        `drawn_size` is the size of the global batch when the epoch began, if it has changed since: the order must stay
+        the one whose first `position` clips were used.
+        """
+        order, frames = self.sequence(epoch, drawn_size or size), self.lengths(epoch).kept
         for start in range(position, self.num_clips, size):
             clips = order[start : start + size]
             partners, shares = self._mixup(epoch, start, clips, frames)
