@@ -43,7 +43,10 @@ def allot(costs: Indices, *, world_size: int, budget: int) -> Allotment:
     """
     costs = np.asarray(costs, dtype=np.int64)
     shares = _balance(costs, world_size)
-    k = max(1, *(_cells_needed(costs[share], budget) for share in shares))
+    # One cell a rank is the usual case, and thousands of ranks should not search for cuts they do not need.
+    k = max((_cells_needed(costs[share], budget) for share in shares if costs[share].sum() > budget), default=1)
+    if k == 1:
+        return Allotment(cells=[[share] for share in shares], costs=costs)
     cells = [[share[cut] for cut in _cut_evenly(costs[share], k, budget)] for share in shares]
     return Allotment(cells=cells, costs=costs)
 
