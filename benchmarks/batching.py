@@ -121,8 +121,7 @@ def share_ours(frames: Frames, world_size: int) -> Frames:
     """Return the slots, guards included, that the packed time axis of each rank holds."""
     slots = slot_frames(frames, TOTAL_STRIDE)
     # The trainer's default budget. It cuts a rank's clips into cells and does not change what a rank computes.
-    cells = allot(slots, world_size=world_size, budget=CLIPS_PER_RANK * int(slots.max())).cells
-    return np.array([sum(int(slots[cell].sum()) for cell in rank) for rank in cells], dtype=np.int64)
+    return allot(slots, world_size=world_size, budget=CLIPS_PER_RANK * int(slots.max())).loads
 
 
 def share_at_random(frames: Frames, world_size: int) -> Frames:

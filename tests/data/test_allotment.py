@@ -28,8 +28,12 @@ def make(costs: list[int], world_size: int, budget: int) -> Allotment:
     return allot(np.array(costs), world_size=world_size, budget=budget)
 
 
+def cells_of(allotment: Allotment) -> list[list[np.ndarray]]:
+    return [allotment.cells(rank) for rank in range(allotment.world_size)]
+
+
 def loads_of(allotment: Allotment) -> np.ndarray:
-    return np.array([sum(int(allotment.costs[cell].sum()) for cell in rank) for rank in allotment.cells])
+    return np.array([sum(int(allotment.costs[cell].sum()) for cell in rank) for rank in cells_of(allotment)])
 
 
 @thorough
@@ -38,10 +42,10 @@ def test_every_clip_is_in_exactly_one_cell_and_every_rank_has_as_many_cells(
     costs: list[int], world_size: int, budget: int
 ) -> None:
     allotment = make(costs, world_size, budget)
-    clips = np.concatenate([cell for rank in allotment.cells for cell in rank])
+    clips = np.concatenate([cell for rank in cells_of(allotment) for cell in rank])
     assert sorted(clips.tolist()) == list(range(len(costs)))
-    assert len(allotment.cells) == world_size
-    assert {len(rank) for rank in allotment.cells} == {allotment.cells_per_rank}
+    assert allotment.world_size == world_size
+    assert {len(rank) for rank in cells_of(allotment)} == {allotment.cells_per_rank}
     assert allotment.cells_per_rank >= 1
 
 
@@ -51,7 +55,7 @@ def test_every_clip_is_in_exactly_one_cell_and_every_rank_has_as_many_cells(
 @example(costs=[500, 90, 90, 90], world_size=1, budget=100)
 def test_no_cell_exceeds_the_budget_but_that_of_a_single_clip(costs: list[int], world_size: int, budget: int) -> None:
     allotment = make(costs, world_size, budget)
-    for cell in (cell for rank in allotment.cells for cell in rank):
+    for cell in (cell for rank in cells_of(allotment) for cell in rank):
         assert len(cell) <= 1 or allotment.costs[cell].sum() <= budget
 
 
@@ -71,7 +75,8 @@ def test_the_most_loaded_rank_is_at_most_one_clip_above_the_mean(
 @thorough
 @given(costs=costs_lists, world_size=worlds, budget=budgets)
 def test_all_ranks_compute_the_same_allotment(costs: list[int], world_size: int, budget: int) -> None:
-    for one, other in zip(make(costs, world_size, budget).cells, make(costs, world_size, budget).cells, strict=True):
+    one_rank, other_rank = make(costs, world_size, budget), make(costs, world_size, budget)
+    for one, other in zip(cells_of(one_rank), cells_of(other_rank), strict=True):
         assert [cell.tolist() for cell in one] == [cell.tolist() for cell in other]
 
 
@@ -97,19 +102,19 @@ def test_with_room_for_everything_each_rank_has_one_cell(world_size: int) -> Non
 def test_with_a_budget_of_one_frame_every_clip_has_its_own_cell(world_size: int) -> None:
     allotment = make([30] * 12, world_size, 1)
     assert allotment.cells_per_rank == 12 // world_size
-    assert {len(cell) for rank in allotment.cells for cell in rank} == {1}
+    assert {len(cell) for rank in cells_of(allotment) for cell in rank} == {1}
 
 
 def test_more_ranks_than_clips_leaves_idle_cells_and_no_clip_behind() -> None:
     allotment = make([50, 60, 70], 8, 1000)
-    assert sorted(len(rank[0]) for rank in allotment.cells) == [0, 0, 0, 0, 0, 1, 1, 1]
+    assert sorted(len(rank[0]) for rank in cells_of(allotment)) == [0, 0, 0, 0, 0, 1, 1, 1]
     assert allotment.cells_per_rank == 1
 
 
 def test_the_cells_of_a_rank_are_of_near_equal_cost() -> None:
     # Cut greedily, the last cell would be left with a single clip.
     allotment = make([100] * 9, 1, 800)
-    assert [len(cell) for cell in allotment.cells[0]] == [5, 4]
+    assert [len(cell) for cell in allotment.cells(0)] == [5, 4]
 
 
 def test_swaps_mend_what_longest_first_leaves_uneven() -> None:
@@ -145,6 +150,34 @@ def test_a_step_takes_at_most_six_percent_longer_than_perfectly_shared_work(
         slowest += loads_of(allotment).max()
         ideal += frames.sum() / world_size
     assert slowest / ideal <= 1.06
+
+
+@thorough
+@given(costs=costs_lists, world_size=worlds, data=st.data())
+def test_the_loads_are_those_of_the_cells_with_the_longest_sequential_term_added(
+    costs: list[int], world_size: int, data: st.DataObject
+) -> None:
+    walks = np.array(data.draw(st.lists(st.integers(0, 400), min_size=len(costs), max_size=len(costs))))
+    allotment = allot(np.array(costs), world_size=world_size, budget=3000, sequential=walks)
+    shares = [allotment.share(rank) for rank in range(world_size)]
+    assert sorted(np.concatenate(shares).tolist()) == list(range(len(costs)))
+    expected = [int(allotment.costs[share].sum() + walks[share].max(initial=0)) for share in shares]
+    assert allotment.loads.tolist() == expected
+
+
+def test_a_rank_with_a_long_walk_gets_less_of_the_rest() -> None:
+    costs, walks = np.array([10] * 8), np.array([40, 0, 0, 0, 0, 0, 0, 0])
+    assert sorted(allot(costs, world_size=2, budget=1000, sequential=walks).loads.tolist()) == [60, 60]
+    assert sorted(allot(costs, world_size=2, budget=1000).loads.tolist()) == [40, 40]
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_thousands_of_ranks_are_balanced_too(sequential: bool) -> None:
+    frames = draw_phoenix_lengths(4096 * CLIPS_PER_RANK, seed=1)[0]
+    costs = slot_frames(frames, STRIDE)
+    allotment = allot(costs, world_size=4096, budget=10**6, sequential=costs // 4 if sequential else None)
+    assert allotment.imbalance <= 1.01
+    assert np.array_equal(np.sort(allotment.clips), np.arange(len(costs)))
 
 
 def test_sharing_costs_no_time_that_matters() -> None:

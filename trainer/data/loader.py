@@ -97,7 +97,7 @@ class TrainingLoader:
         """
         batches = self.plan.batches(epoch, size, position, drawn_size)
         shares, ahead = itertools.tee(self.share(batch, world_size, budget) for batch in batches)
-        requests = ((share, cell) for share in ahead for cell in share.allotment.cells[rank])
+        requests = ((share, cell) for share in ahead for cell in share.allotment.cells(rank))
         lengths = self.plan.lengths(epoch)
         keys, seeds = self.plan.augment_keys(epoch), self.plan.dropout_keys(epoch)
 
@@ -215,7 +215,7 @@ class EvaluationLoader:
     def cells(self, *, rank: int, world_size: int, budget: int) -> Generator[MicroBatch | None, None, None]:
         """Yield this rank's cells, as many as on every other rank; None stands for a cell without clips."""
         allotment = allot(slot_frames(self.num_frames, self.total_stride), world_size=world_size, budget=budget)
-        return prefetch(allotment.cells[rank], self._assemble, self.num_workers)
+        return prefetch(allotment.cells(rank), self._assemble, self.num_workers)
 
     def _assemble(self, cell: Indices) -> MicroBatch | None:
         if not len(cell):
