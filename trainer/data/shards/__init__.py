@@ -1,0 +1,1 @@
+"""Packed corpora: shards of records, their index, and where they lie."""
