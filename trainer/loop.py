@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trainer.checkpoint.content import Checkpoint, RunState
 from trainer.checkpoint.store import CheckpointStore
 from trainer.data.batch import MicroBatch
@@ -53,7 +55,7 @@ class TrainingRun:
         self.batch_size = self.recipe.global_batch_size(self.engine.world_size)
         self.peak = self.recipe.peak_learning_rate(self.engine.world_size)
         self.num_clips = self.loader.plan.num_clips
-        longest = slot_frames(self.loader.plan.num_frames, self.loader.plan.total_stride).max()
+        longest = slot_frames(self.loader.plan.num_frames.astype(np.int64), self.loader.plan.total_stride).max()
         self.budget = batch.max_frames_per_microbatch or batch.batch_size * int(longest)
         steps_per_epoch = -(-self.num_clips // self.batch_size)
         self.total_steps = min(run.epochs * steps_per_epoch, run.max_steps or run.epochs * steps_per_epoch)
