@@ -11,6 +11,7 @@ from trainer.errors import EXIT_INPUT_ERROR, InputError, exit_on_input_error
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("trainer.train", "train a model by a recipe, on this process alone"),
     "evaluate": ("trainer.evaluate", "evaluate a run or a checkpoint on a split"),
+    "pack": ("launch.pack", "pack a feature corpus into shards that train faster"),
     "synth": ("launch.synth", "write a synthetic corpus"),
     "plan": ("launch.plan", "show what steps a recipe makes of a corpus on any number of ranks"),
     "score": ("launch.score", "score a hypothesis file against a reference file"),
