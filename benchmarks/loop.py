@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -34,7 +35,8 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trainer.assembly import build_run, make_training_loader
-from trainer.data.loader import MicroBatch, StepShare, TrainingLoader
+from trainer.data.batch import MicroBatch
+from trainer.data.loader import StepShare, TrainingLoader
 from trainer.data.synthetic import SyntheticSpec, write_corpus
 from trainer.engine import Engine
 from trainer.objectives.ctc import ctc_objective
@@ -262,8 +264,8 @@ class TakingTurns:
     engine: Engine
 
     def __post_init__(self) -> None:
-        self.reader, self.plan = self.loader.reader, self.loader.plan
-        self.reference.num_workers = 0
+        self.split, self.plan = self.loader.split, self.loader.plan
+        self.reference.cell_loader.num_workers = 0
         self.trainer: list[Turn] = []
         self.bare: list[Turn] = []
         self.weights_difference = 0.0
@@ -274,7 +276,7 @@ class TakingTurns:
         """Yield what the trainer's loader yields; the time until the trainer asks again is its step."""
         with contextlib.closing(self.loader.steps(epoch, position, **where)) as steps:
             for share, cells in self.reference.steps(epoch, position, **where):
-                loaded = list(cells)
+                loaded = [dataclasses.replace(cell, features=cell.features.clone()) for cell in cells]
                 bare_first = len(self.trainer) % 2 == 1
                 if bare_first:
                     self._take_bare_turn(share, loaded)

@@ -11,10 +11,11 @@ from torch import nn
 from trainer.checkpoint.content import Checkpoint, RunState, read_checkpoint
 from trainer.checkpoint.store import CheckpointStore, find_checkpoint
 from trainer.data.augment import NO_AUGMENTATION, Augmentation
-from trainer.data.corpus import Clip
-from trainer.data.loader import ClipReader, EvaluationLoader, TrainingLoader, make_plan
+from trainer.data.cost import FRAMES_ONLY, CostModel, read_cost_model
+from trainer.data.loader import EvaluationLoader, TrainingLoader, make_plan
 from trainer.data.normalization import Normalization
 from trainer.data.prepare import TrainingCorpus, prepare_corpus
+from trainer.data.table import Split
 from trainer.data.vocabulary import BLANK
 from trainer.engine import Engine
 from trainer.errors import InputError, name_some
@@ -23,7 +24,6 @@ from trainer.models.build import build_model, load_weights
 from trainer.observe.progress import Progress
 from trainer.observe.trackers import open_trackers
 from trainer.optimization import make_optimizer
-from trainer.randomness import clip_keys
 from trainer.recipe import Recipe
 from trainer.run_directory import check_same_recipe, claim, record
 from trainer.signals import StopRequest
@@ -41,6 +41,9 @@ def build_run(recipe: Recipe, engine: Engine, progress: Progress, stop: StopRequ
     if resumed is not None:
         check_same_recipe(resumed.recipe, recipe, str(path))
         progress.say(f"going on from step {resumed.state.step} (epoch {resumed.state.epoch})")
+    cost_model = engine.on_main(
+        lambda: read_cost_model(Path(recipe.batch.cost_model)) if recipe.batch.cost_model else FRAMES_ONLY
+    )
     corpus = prepare_corpus(
         recipe.corpus,
         recipe.model.total_stride,
@@ -75,7 +78,7 @@ def build_run(recipe: Recipe, engine: Engine, progress: Progress, stop: StopRequ
         engine=engine,
         corpus=corpus,
         state=state,
-        loader=make_training_loader(recipe, corpus, engine),
+        loader=make_training_loader(recipe, corpus, engine, cost_model),
         dev=_evaluation_loader(recipe, corpus, engine, corpus.dev),
         train_subset=_train_subset(recipe, corpus, engine),
         store=store,
@@ -97,11 +100,14 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """Let the stored recipe find the corpus from any folder."""
     corpus = recipe.corpus
     annotations = str(Path(corpus.annotations).absolute()) if corpus.annotations else ""
-    data_dir = str(Path(corpus.data_dir).absolute())
+    # An address means the same everywhere.
+    data_dir = corpus.data_dir if "://" in corpus.data_dir else str(Path(corpus.data_dir).absolute())
     return dataclasses.replace(recipe, corpus=dataclasses.replace(corpus, data_dir=data_dir, annotations=annotations))
 
 
-def make_training_loader(recipe: Recipe, corpus: TrainingCorpus, engine: Engine) -> TrainingLoader:
+def make_training_loader(
+    recipe: Recipe, corpus: TrainingCorpus, engine: Engine, cost_model: CostModel = FRAMES_ONLY
+) -> TrainingLoader:
     """Build the loader of the training plan."""
     c = recipe.corpus
     strengths = Augmentation(
@@ -112,7 +118,8 @@ def make_training_loader(recipe: Recipe, corpus: TrainingCorpus, engine: Engine)
         noise=c.augment_noise,
     )
     return TrainingLoader(
-        reader=ClipReader(corpus.train, corpus.normalization),
+        split=corpus.train,
+        normalization=corpus.normalization,
         plan=make_plan(
             corpus.train,
             total_stride=recipe.model.total_stride,
@@ -124,25 +131,27 @@ def make_training_loader(recipe: Recipe, corpus: TrainingCorpus, engine: Engine)
         vocabulary=corpus.vocabulary,
         objective=recipe.objective,
         num_workers=c.num_workers,
-        pin_memory=engine.pins_memory,
+        device=engine.device,
+        cost_model=cost_model,
     )
 
 
-def _evaluation_loader(recipe: Recipe, corpus: TrainingCorpus, engine: Engine, clips: list[Clip]) -> EvaluationLoader:
+def _evaluation_loader(recipe: Recipe, corpus: TrainingCorpus, engine: Engine, split: Split) -> EvaluationLoader:
     return EvaluationLoader(
-        reader=ClipReader(clips, corpus.normalization),
+        split=split,
+        normalization=corpus.normalization,
         vocabulary=corpus.vocabulary,
         total_stride=recipe.model.total_stride,
         num_workers=recipe.corpus.num_workers,
-        pin_memory=engine.pins_memory,
+        device=engine.device,
     )
 
 
 def _train_subset(recipe: Recipe, corpus: TrainingCorpus, engine: Engine) -> EvaluationLoader | None:
     """Choose the training clips whose WER is followed: by their ids, so that the choice never changes."""
     count = min(recipe.run.train_wer_clips, len(corpus.train))
-    chosen = np.sort(np.argsort(clip_keys([clip.id for clip in corpus.train]), kind="stable")[:count])
-    return _evaluation_loader(recipe, corpus, engine, [corpus.train[i] for i in chosen]) if count else None
+    chosen = np.sort(np.argsort(corpus.train.keys, kind="stable")[:count])
+    return _evaluation_loader(recipe, corpus, engine, corpus.train.choose(chosen)) if count else None
 
 
 def _find_start(

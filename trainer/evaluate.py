@@ -11,9 +11,9 @@ from typing import Any
 
 from trainer.checkpoint.content import Checkpoint, read_checkpoint
 from trainer.checkpoint.store import find_checkpoint
-from trainer.data.corpus import Clip, read_split
-from trainer.data.loader import ClipReader, EvaluationLoader
-from trainer.data.prepare import annotations_of
+from trainer.data.loader import EvaluationLoader
+from trainer.data.opening import OpenCorpus
+from trainer.data.table import Split
 from trainer.engine import Engine
 from trainer.errors import InputError, exit_on_input_error, name_some
 from trainer.files import write_json
@@ -53,11 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         load_weights(model, checkpoint.model, where=str(folder))
         engine.model = model.to(engine.device)
         loader = EvaluationLoader(
-            reader=ClipReader(clips, checkpoint.normalization),
+            split=clips,
+            normalization=checkpoint.normalization,
             vocabulary=checkpoint.vocabulary,
             total_stride=recipe.model.total_stride,
             num_workers=options.num_workers,
-            pin_memory=engine.pins_memory,
+            device=engine.device,
         )
         protocol = options.protocol or recipe.run.protocol
         longest = int(slot_frames(loader.num_frames, loader.total_stride).max())
@@ -82,6 +83,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output_dir", type=Path, help="where to write <split>.json, .ctm and .stm (default: RUN/evaluation)"
     )
+    parser.add_argument("--cache_dir", help="node-local cache of a packed corpus (default: the run's)")
+    parser.add_argument("--cache_gb", type=float, help="its largest size, in 10^9 bytes (default: the run's)")
     parser.add_argument("--allow_missing", action="store_true", help="leave out clips without a feature file, aloud")
     parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="no", help="precision (default: no)")
     parser.add_argument("--num_workers", type=int, default=2, help="reading threads of each rank (default: 2)")
@@ -113,7 +116,7 @@ def _prepare_output(output: Path) -> None:
         raise InputError(f"{output}: cannot be written to ({error.strerror}); choose another --output_dir") from error
 
 
-def _read_clips(options: argparse.Namespace, checkpoint: Checkpoint, progress: Progress) -> list[Clip]:
+def _read_clips(options: argparse.Namespace, checkpoint: Checkpoint, progress: Progress) -> Split:
     """Read the split, and say which of its glosses the vocabulary does not know."""
     corpus = checkpoint.recipe.corpus
     if options.data_dir:
@@ -121,19 +124,20 @@ def _read_clips(options: argparse.Namespace, checkpoint: Checkpoint, progress: P
         corpus = dataclasses.replace(corpus, data_dir=options.data_dir, annotations=options.annotations or "")
     elif options.annotations:
         corpus = dataclasses.replace(corpus, annotations=options.annotations)
-    clips = read_split(
-        Path(corpus.data_dir),
-        annotations_of(corpus),
-        options.split,
-        allow_missing=options.allow_missing or corpus.allow_missing,
-        log=progress.say,
-        expected_dim=checkpoint.normalization.feature_dim,
-    )
+    given = {name: value for name in ("cache_dir", "cache_gb") if (value := getattr(options, name)) is not None}
+    corpus = dataclasses.replace(corpus, **given)
+    if options.allow_missing:
+        corpus = dataclasses.replace(corpus, allow_missing=True)
+    clips = OpenCorpus(corpus, progress.say).split(options.split, expected_dim=checkpoint.normalization.feature_dim)
+    problems = clips.table.find_problems(0, 1)
+    if problems:
+        raise InputError(problems)
     vocabulary = checkpoint.vocabulary
-    unknown = sorted({gloss for clip in clips for gloss in vocabulary.unknown(clip.glosses)})
-    if len(unknown) and not any(gloss in vocabulary for clip in clips for gloss in clip.glosses):
+    glosses = clips.table.all_glosses()
+    unknown = sorted(vocabulary.unknown(glosses))
+    if len(unknown) == len(glosses):
         raise InputError(
-            f"{annotations_of(corpus)}: not one gloss of split {options.split} is in the run's vocabulary "
+            f"{corpus.annotations or corpus.data_dir}: not one gloss of {options.split} is in the run's vocabulary "
             f"(e.g. {name_some(unknown, 5)}); evaluate on the corpus the run was trained for"
         )
     if unknown:
@@ -150,7 +154,7 @@ def _report(
     options: argparse.Namespace,
     folder: Path,
     checkpoint: Checkpoint,
-    clips: list[Clip],
+    clips: Split,
     result: Evaluation,
     protocol: str,
 ) -> dict[str, Any]:
@@ -163,7 +167,9 @@ def _report(
         "loss": result.loss if result.loss_clips else None,
         "loss_clips": result.loss_clips,
         "blank_rate": result.blank_rate,
-        "unknown_glosses": sum(1 for clip in clips for gloss in clip.glosses if gloss not in checkpoint.vocabulary),
+        "unknown_glosses": sum(
+            gloss not in checkpoint.vocabulary for index in range(len(clips)) for gloss in clips.glosses(index)
+        ),
     }
 
 
@@ -171,7 +177,7 @@ def _write(
     output: Path,
     report: dict[str, Any],
     options: argparse.Namespace,
-    clips: list[Clip],
+    clips: Split,
     emissions: dict[int, list[Emission]],
     checkpoint: Checkpoint,
 ) -> None:
@@ -181,18 +187,25 @@ def _write(
         output / f"{options.split}.ctm",
         [
             CtmRow(
-                id=clip.id,
+                id=clips.id(index),
                 gloss=checkpoint.vocabulary.decode([emission.label])[0],
                 start=emission.start * seconds,
                 duration=emission.frames * seconds,
             )
-            for index, clip in enumerate(clips)
+            for index in range(len(clips))
             for emission in emissions[index]
         ],
     )
     write_stm(
         output / f"{options.split}.stm",
-        [StmRow(id=clip.id, glosses=clip.glosses, signer="_".join(clip.signer.split()) or "unknown") for clip in clips],
+        [
+            StmRow(
+                id=clips.id(index),
+                glosses=clips.glosses(index),
+                signer="_".join(clips.signer(index).split()) or "unknown",
+            )
+            for index in range(len(clips))
+        ],
     )
     write_json(output / f"{options.split}.json", report)
 

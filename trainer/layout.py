@@ -62,6 +62,11 @@ class TimeLayout:
             row_seeds=None if self.row_seeds is None else self.row_seeds.to(device, non_blocking=True),
         )
 
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors that `to` moves."""
+        seeds = [] if self.row_seeds is None else [self.row_seeds]
+        return [self.frame_positions, *self.masks.values(), self.rnn_positions, self.dense_order, *seeds]
+
 
 def lay_out(num_frames: Indices, total_stride: int, keys: UInt64s | None = None) -> TimeLayout:
     """Lay clips of `num_frames` `[B]` (each at least 1) on one time axis; `keys` `[B]` seed dropout."""

@@ -296,8 +296,8 @@ class TrainingRun:
         """Name the clips behind a gradient that is not finite; give up after too many in a row."""
         self.state.skipped_steps += 1
         self.skips_in_a_row += 1
-        clips = self.loader.reader.clips
-        suspects = [clips[i].id for part in self.engine.gather_objects(outcome.suspects) for i in part]
+        clips = self.loader.split
+        suspects = [clips.id(i) for part in self.engine.gather_objects(outcome.suspects) for i in part]
         names = name_some(suspects) if suspects else "none alone has a loss that is not finite"
         self.progress.say(f"step {self.state.step}: gradient not finite, skipped on all ranks; clips: {names}")
         if self.skips_in_a_row >= _MOST_SKIPS_IN_A_ROW:

@@ -27,7 +27,7 @@ class CorpusRecipe:
     """Corpus: which clips, and how their features are prepared."""
 
     data_dir: str = ""
-    """Folder that holds {train,dev,test}/<id>.npz."""
+    """Folder that holds {train,dev,test}/<id>.npz, or a packed corpus: its folder, or an address such as s3://…."""
     annotations: str = ""
     """Folder with {split}.corpus.csv, or a pattern such as ann/{split}.SI5.corpus.csv (default: in DATA_DIR)."""
     allow_missing: bool = False
@@ -50,6 +50,10 @@ class CorpusRecipe:
     """Standard deviation of the Gaussian noise added to normalised features."""
     num_workers: NonNegativeInt = 2
     """Threads of each rank that read and augment clips ahead of time (0: in the training thread)."""
+    cache_dir: str = ""
+    """Folder of this node for what is read of a packed corpus (default: none for a folder, ~/.cache/signscale else)."""
+    cache_gb: PositiveFloat = 50.0
+    """Largest size of that folder, in 10^9 bytes; all processes of the node share it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +92,8 @@ class BatchRecipe:
     """Global batches drawn together, sorted by length and cut, so that a step's clips are alike (1: plain shuffle)."""
     max_frames_per_microbatch: NonNegativeInt = 0
     """Memory budget of one forward and backward pass, in frames (0: batch_size x the longest training clip)."""
+    cost_model: str = ""
+    """cost_model.json of an earlier run (or that run), by which ranks share a step (default: by frames alone)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +231,9 @@ FREE_ON_RESUME = frozenset(
         "annotations",
         "output_dir",
         "num_workers",
+        "cache_dir",
+        "cache_gb",
+        "cost_model",
         "max_frames_per_microbatch",
         "stop_after_steps",
         "log_every",

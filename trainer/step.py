@@ -45,12 +45,12 @@ def train_step(
     """
     started = time.perf_counter()
     waited = 0.0
-    total = torch.zeros((), dtype=torch.float64)
-    suspects: list[int] = []
+    losses: list[torch.Tensor] = []
+    clips: list[tuple[int, ...]] = []
     last = share.allotment.cells_per_rank - 1
     for number in range(last + 1):
         asked = time.perf_counter()
-        cell = next(cells).to(engine.device)
+        cell = next(cells)
         waited += time.perf_counter() - asked
         with engine.micro_batch(is_last=number == last):
             with engine.autocast():
@@ -59,10 +59,12 @@ def train_step(
                 logits, cell.layout.output_lengths, cell.labels, cell.partner_labels, label_smoothing
             )
             engine.backward(loss_sum, share.denominator)
-        value = loss_sum.detach().double().cpu()
-        total += value
-        if not torch.isfinite(value):
-            suspects.extend(cell.clips)
+        # Left on the device: asking for the number would wait for the pass to end, and the next one would begin late.
+        losses.append(loss_sum.detach())
+        clips.append(cell.clips)
+    values = torch.stack(losses).double().cpu()
+    total = values.sum()
+    suspects = [clip for value, part in zip(values, clips, strict=True) if not torch.isfinite(value) for clip in part]
     grad_norm = engine.clip(gradient_clip)
     finite = math.isfinite(grad_norm) and bool(torch.isfinite(total))
     # The one fused all-reduce: what ranks must agree on, and the metrics of the step.

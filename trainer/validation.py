@@ -68,7 +68,7 @@ def evaluate(
     """
     model = engine.module
     model.eval()
-    clips = loader.reader.clips
+    clips = loader.split
     seen = torch.zeros(len(clips), dtype=torch.int64)
     counts = WerCounts.zero()
     frames, blanks, losses = 0, 0, _LossSum()
@@ -91,7 +91,7 @@ def evaluate(
                 frames += len(labels)
                 blanks += int((labels == 0).sum())
                 emissions[index] = list(best_path(labels))
-            references = [clips[index].glosses for index in cell.clips]
+            references = [clips.glosses(index) for index in cell.clips]
             hypotheses = [
                 loader.vocabulary.decode(emission.label for emission in emissions[index]) for index in cell.clips
             ]
@@ -133,12 +133,11 @@ def _run_cell(
     engine: Engine, model: torch.nn.Module, cell: MicroBatch
 ) -> tuple[list[np.ndarray], torch.Tensor, torch.Tensor]:
     """Return the best class of each frame clip by clip, the loss per gloss of each clip, and which clips have one."""
-    moved = cell.to(engine.device)
     with engine.autocast():
-        logits = model(moved.features, moved.layout)
+        logits = model(cell.features, cell.layout)
     log_probs = float32_log_probs(logits)
-    has_loss = cell.labels.weights > 0
-    losses = ctc_losses(log_probs, cell.layout.output_lengths, moved.labels).cpu().double()
+    has_loss = cell.labels.weights.cpu() > 0
+    losses = ctc_losses(log_probs, cell.layout.output_lengths, cell.labels).cpu().double()
     losses = losses / cell.labels.lengths
     best = logits.argmax(dim=-1).cpu().numpy()
     ends = np.cumsum(cell.layout.output_lengths)

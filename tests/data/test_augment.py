@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.augment import NO_AUGMENTATION, Augmentation, augment, augmented_lengths, resample
+from tests.transforming import augment, resample
+from trainer.data.augment import NO_AUGMENTATION, Augmentation, augmented_lengths
 from trainer.randomness import clip_keys
 
 KEYS = clip_keys([f"clip {i}" for i in range(2000)])

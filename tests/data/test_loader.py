@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,19 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.data.augment import NO_AUGMENTATION, Augmentation, augment, resample
+from tests.transforming import CPU, augment, resample
+from trainer.data.augment import NO_AUGMENTATION, Augmentation
+from trainer.data.batch import MicroBatch
 from trainer.data.corpus import Clip
 from trainer.data.features import scan_clip
-from trainer.data.loader import (
-    ClipReader,
-    EvaluationLoader,
-    MicroBatch,
-    StepShare,
-    TrainingLoader,
-    make_plan,
-    prefetch,
-)
-from trainer.data.normalization import from_moments
+from trainer.data.loader import EvaluationLoader, StepShare, TrainingLoader, make_plan
+from trainer.data.normalization import Normalization, from_moments
+from trainer.data.prefetch import background, prefetch
+from trainer.data.table import Split, folder_split
 from trainer.data.vocabulary import Vocabulary
 from trainer.errors import InputError
 from trainer.layout import lay_out
@@ -41,7 +37,8 @@ class Corpus:
     """A small corpus on disk, and its normalised features computed here by hand."""
 
     clips: list[Clip]
-    reader: ClipReader
+    split: Split
+    normalization: Normalization
     vocabulary: Vocabulary
     normalized: list[np.ndarray]
 
@@ -63,7 +60,8 @@ def corpus(tmp_path: Path) -> Corpus:
     frames = np.concatenate(features).astype(np.float64)
     return Corpus(
         clips=clips,
-        reader=ClipReader(clips, from_moments("corpus", moments, DIM)),
+        split=folder_split("train", clips, DIM, tmp_path),
+        normalization=from_moments("corpus", moments, DIM),
         vocabulary=Vocabulary(GLOSSES),
         normalized=[((raw - frames.mean(axis=0)) / frames.std(axis=0)).astype(np.float32) for raw in features],
     )
@@ -78,12 +76,13 @@ def make_loader(
     num_workers: int = 0,
 ) -> TrainingLoader:
     return TrainingLoader(
-        reader=corpus.reader,
-        plan=make_plan(corpus.clips, total_stride=STRIDE, seed=1, augmentation=augmentation, mixup_alpha=mixup_alpha),
+        split=corpus.split,
+        normalization=corpus.normalization,
+        plan=make_plan(corpus.split, total_stride=STRIDE, seed=1, augmentation=augmentation, mixup_alpha=mixup_alpha),
         vocabulary=corpus.vocabulary,
         objective=ObjectiveRecipe(loss_normalization=cast(Any, loss_normalization), mixup_alpha=mixup_alpha),
         num_workers=num_workers,
-        pin_memory=False,
+        device=CPU,
     )
 
 
@@ -93,7 +92,7 @@ def load(
     """Return every step of an epoch with the cells of all ranks."""
     ranks = [
         [
-            (share, list(cells))
+            (share, [keep(cell) for cell in cells])
             for share, cells in loader.steps(
                 epoch, position, size=size, rank=rank, world_size=world_size, budget=budget
             )
@@ -101,6 +100,11 @@ def load(
         for rank in range(world_size)
     ]
     return [(steps[0][0], [cells for _, cells in steps]) for steps in zip(*ranks, strict=True)]
+
+
+def keep(cell: MicroBatch) -> MicroBatch:
+    """Copy a cell's features: they are valid until the next cell is asked for."""
+    return replace(cell, features=cell.features.clone())
 
 
 def split_features(cell: MicroBatch, batch_frames: dict[int, int]) -> dict[int, np.ndarray]:
@@ -356,6 +360,38 @@ def test_an_error_is_raised_at_its_place_and_no_thread_outlives_it() -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
 
 
+@pytest.mark.timeout(60)
+def test_what_works_in_the_background_is_in_order_bounded_and_raises_at_its_place() -> None:
+    made = []
+
+    def fragile() -> Iterator[int]:
+        for number in range(50):
+            if number == 30:
+                raise InputError("step 30: impossible")
+            made.append(number)
+            yield number
+
+    got = []
+    with pytest.raises(InputError, match="step 30: impossible"):  # noqa: PT012
+        for number in background(fragile(), 4):
+            got.append(number)
+            # Those given out, those that wait, and the one that is about to.
+            assert len(made) <= len(got) + 4 + 1
+    assert got == list(range(30))
+    assert not [thread for thread in threading.enumerate() if thread.name == "ahead"]
+
+
+@pytest.mark.timeout(60)
+def test_leaving_the_background_early_stops_it_and_discards_what_was_ready() -> None:
+    discarded: list[int] = []
+    items = background(iter(range(100)), 3, discarded.append)
+    assert [next(items), next(items)] == [0, 1]
+    items.close()
+    assert discarded
+    assert sorted(discarded) == list(range(2, 2 + len(discarded)))
+    assert not [thread for thread in threading.enumerate() if thread.name == "ahead"]
+
+
 def test_leaving_early_stops_the_threads(corpus: Corpus) -> None:
     steps = make_loader(corpus, num_workers=2).steps(0, 0, size=2, rank=0, world_size=1, budget=100)
     _, cells = next(steps)
@@ -369,11 +405,12 @@ def test_leaving_early_stops_the_threads(corpus: Corpus) -> None:
 
 def make_evaluation_loader(corpus: Corpus, num_workers: int = 0) -> EvaluationLoader:
     return EvaluationLoader(
-        reader=corpus.reader,
+        split=corpus.split,
+        normalization=corpus.normalization,
         vocabulary=corpus.vocabulary,
         total_stride=STRIDE,
         num_workers=num_workers,
-        pin_memory=False,
+        device=CPU,
     )
 
 
@@ -383,7 +420,10 @@ def test_evaluation_meets_each_clip_once_and_every_rank_as_many_cells(
     corpus: Corpus, world_size: int, num_workers: int
 ) -> None:
     loader = make_evaluation_loader(corpus, num_workers)
-    ranks = [list(loader.cells(rank=rank, world_size=world_size, budget=150)) for rank in range(world_size)]
+    ranks = [
+        [cell and keep(cell) for cell in loader.cells(rank=rank, world_size=world_size, budget=150)]
+        for rank in range(world_size)
+    ]
     assert len({len(cells) for cells in ranks}) == 1
     met: list[int] = []
     for cell in (cell for cells in ranks for cell in cells if cell is not None):
@@ -402,11 +442,12 @@ def test_clips_without_a_loss_stay_in_the_evaluation_and_weigh_nothing(corpus: C
     crowded = Clip(**{**as_dict(corpus.clips[1]), "glosses": ("WIND",) * 25})
     clips = [foreign, crowded, corpus.clips[2]]
     loader = EvaluationLoader(
-        reader=ClipReader(clips, corpus.reader.normalization),
+        split=folder_split("train", clips, DIM, Path("corpus")),
+        normalization=corpus.normalization,
         vocabulary=corpus.vocabulary,
         total_stride=STRIDE,
         num_workers=0,
-        pin_memory=False,
+        device=CPU,
     )
     weights = {}
     for cell in loader.cells(rank=0, world_size=1, budget=1000):

@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.transforming import normalize as apply
 from trainer.data.corpus import Clip
 from trainer.data.features import scan_clip
 from trainer.data.normalization import Normalization, from_moments
 from trainer.data.prepare import scan_in_shares
+from trainer.data.table import Split, folder_split
 from trainer.errors import InputError
 
 
@@ -41,6 +43,10 @@ def write_clips(folder: Path, arrays: list[np.ndarray]) -> list[Clip]:
             Clip(id=str(index), split="train", signer="", num_frames=len(array), glosses=("A",), source=source)
         )
     return clips
+
+
+def split_of(clips: list[Clip], dim: int = 7) -> Split:
+    return folder_split("train", clips, dim, Path("corpus"))
 
 
 def normalize(clips: list[Clip], kind: str = "corpus") -> Normalization:
@@ -76,7 +82,7 @@ def test_merged_moments_are_those_of_all_frames_even_far_from_zero(
 def test_the_training_split_becomes_zero_mean_and_unit_variance(tmp_path: Path) -> None:
     arrays = draw_clips(20, mean=100.0, spread=4.0)
     normalization = normalize(write_clips(tmp_path, arrays))
-    frames = np.concatenate([normalization.apply(array.copy()) for array in arrays])
+    frames = np.concatenate([apply(normalization, array) for array in arrays])
     np.testing.assert_allclose(frames.mean(axis=0), 0, atol=1e-4)
     np.testing.assert_allclose(frames.std(axis=0), 1, atol=1e-4)
 
@@ -90,7 +96,7 @@ def test_a_constant_dimension_becomes_zero_and_stays_finite(tmp_path: Path, kind
     normalization = normalize(write_clips(tmp_path, arrays), kind)
     assert np.isfinite(normalization.scale).all()
     for array in arrays:
-        normalized = normalization.apply(array.copy())
+        normalized = apply(normalization, array)
         assert np.isfinite(normalized).all()
         # What rounding leaves of the constant must not be blown up to unit variance.
         assert np.abs(normalized[:, 2]).max() <= 1e-6 * max(1.0, abs(value))
@@ -107,7 +113,7 @@ def test_a_dimension_that_varies_by_rounding_alone_is_not_blown_up_to_noise(
         array[::2, 2] = np.nextafter(np.float32(value), np.float32(np.inf))
     normalization = normalize(write_clips(tmp_path, arrays), kind)
     for array in arrays:
-        assert np.abs(normalization.apply(array.copy())[:, 2]).max() < 1e-4
+        assert np.abs(apply(normalization, array)[:, 2]).max() < 1e-4
 
 
 def test_a_dimension_of_small_but_real_variance_is_not_taken_for_constant(tmp_path: Path) -> None:
@@ -116,7 +122,7 @@ def test_a_dimension_of_small_but_real_variance_is_not_taken_for_constant(tmp_pa
         # As in real key points, where 2,039 dimensions have variances under 1e-3.
         array[:, 3] = 0.5 + 1e-4 * array[:, 3]
     normalization = normalize(write_clips(tmp_path, arrays))
-    frames = np.concatenate([normalization.apply(array.copy()) for array in arrays])
+    frames = np.concatenate([apply(normalization, array) for array in arrays])
     assert frames[:, 3].std() == pytest.approx(1.0, abs=1e-2)
 
 
@@ -124,7 +130,7 @@ def test_per_clip_normalisation_makes_each_clip_zero_mean_and_unit_variance(tmp_
     arrays = [array for array in draw_clips(12, mean=50.0, spread=3.0) if len(array) > 1]
     normalization = normalize(write_clips(tmp_path, arrays), "clip")
     for array in arrays:
-        normalized = normalization.apply(array.copy())
+        normalized = apply(normalization, array)
         np.testing.assert_allclose(normalized.mean(axis=0), 0, atol=1e-4)
         np.testing.assert_allclose(normalized.std(axis=0), 1, atol=1e-4)
 
@@ -132,22 +138,22 @@ def test_per_clip_normalisation_makes_each_clip_zero_mean_and_unit_variance(tmp_
 def test_a_clip_of_one_frame_is_normalised_to_zero_by_itself(tmp_path: Path) -> None:
     array = draw_clips(1)[0][:1]
     normalization = normalize(write_clips(tmp_path, [array]), "clip")
-    np.testing.assert_array_equal(normalization.apply(array.copy()), 0)
+    np.testing.assert_array_equal(apply(normalization, array), 0)
 
 
 def test_none_leaves_every_bit(tmp_path: Path) -> None:
     arrays = draw_clips(4, mean=50.0)
     normalization = normalize(write_clips(tmp_path, arrays), "none")
     for array in arrays:
-        np.testing.assert_array_equal(normalization.apply(array.copy()), array)
+        np.testing.assert_array_equal(apply(normalization, array), array)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 def test_reading_in_shares_gives_the_same_bits_on_any_number_of_ranks(tmp_path: Path, world_size: int) -> None:
     clips = write_clips(tmp_path, draw_clips(150, mean=100.0))
-    alone, _ = scan_in_shares(clips, 7, Rank(0, 1, [None]), 2)
+    alone, _ = scan_in_shares(split_of(clips), Rank(0, 1, [None]), 2)
     gathered: list[Any] = [None] * world_size
-    shares = [scan_in_shares(clips, 7, Rank(rank, world_size, gathered), 2)[0] for rank in range(world_size)]
+    shares = [scan_in_shares(split_of(clips), Rank(rank, world_size, gathered), 2)[0] for rank in range(world_size)]
     one, many = from_moments("corpus", alone, 7), from_moments("corpus", shares[-1], 7)
     np.testing.assert_array_equal(one.mean, many.mean)
     np.testing.assert_array_equal(one.scale, many.scale)
@@ -157,7 +163,7 @@ def test_reading_in_shares_returns_what_is_wrong_with_every_bad_file(tmp_path: P
     clips = write_clips(tmp_path, draw_clips(20))
     for clip in clips[4:]:
         clip.source.write_bytes(b"not an archive")
-    _, problems = scan_in_shares(clips, 7, Rank(0, 1, [None]), 2)
+    _, problems = scan_in_shares(split_of(clips), Rank(0, 1, [None]), 2)
     assert len(problems) == 16
     assert all(str(clip.source) in problem for clip, problem in zip(clips[4:], problems, strict=True))
 

@@ -1,12 +1,14 @@
 """Augmentation of feature clips, seeded by (seed, epoch, clip id).
 
 How long a clip becomes is decided first, for the whole epoch at once and without touching a feature, because
-the allotment needs the lengths; what happens inside the clip follows when it is read.
+the allotment needs the lengths; what happens inside the clip is drawn when it is read, and done by
+`trainer.data.transform` where that is cheaper: on the device, or in the loader's threads.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -14,10 +16,12 @@ import numpy.typing as npt
 from trainer.randomness import UInt64s, generator, uniform
 
 Frames = npt.NDArray[np.int64]
-Features = npt.NDArray[np.float32]
 
 # Salts keep the draws of one clip independent of each other.
 _RESCALE, _DROP_COUNT, _CONTENT = 1, 2, 3
+_NOISE_KEY = 4
+NOISE_VALUES = 1 << 20
+"""Places where a frame's noise may begin: 4 MB of values, which a processor's cache holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,31 +58,69 @@ def augmented_lengths(num_frames: Frames, min_frames: Frames, keys: UInt64s, str
     return ClipLengths(rescaled=rescaled, kept=np.maximum(rescaled - dropped, min_frames))
 
 
-def resample(features: Features, num_frames: int) -> Features:
-    """Resample `[T, D]` linearly in time to `[num_frames, D]`, first and last frame kept in place."""
-    if num_frames == len(features):
-        return features
-    position = np.linspace(0.0, len(features) - 1.0, num_frames)
-    before = np.floor(position).astype(np.int64)
-    after = np.minimum(before + 1, len(features) - 1)
-    share = (position - before).astype(np.float32)[:, None]
-    return features[before] * (1.0 - share) + features[after] * share
+@dataclass(frozen=True, kw_only=True)
+class ClipDraw:
+    """What augmentation makes of one clip: n frames, each between two of the clip's own.
+
+    `before`, `after` `[n]`: the two frames; `share` `[n]`, float32: the weight of the second. `noise` `[n]`: where in
+    the table of noise each frame's D values begin; None without noise. Spans are set to zero, the mean: `frame_spans`
+    of the n frames, `dim_spans` of the D dimensions for the whole clip.
+    """
+
+    before: Frames
+    after: Frames
+    share: npt.NDArray[np.float32]
+    noise: Frames | None
+    frame_spans: tuple[tuple[int, int], ...]
+    dim_spans: tuple[tuple[int, int], ...]
+
+    def __len__(self) -> int:
+        return len(self.before)
 
 
-def augment(features: Features, key: int, *, rescaled: int, kept: int, strengths: Augmentation) -> Features:
-    """Augment one normalised clip `[T, D]` to `[kept, D]`; zero is the mean that masks are filled with."""
+def draw_clip(key: int, *, num_frames: int, dim: int, rescaled: int, kept: int, strengths: Augmentation) -> ClipDraw:
+    """Draw the augmentation of a clip `[num_frames, dim]` to `kept` frames; `key` carries seed and epoch."""
     draws = generator(key, _CONTENT)
-    clip = resample(features, rescaled)
+    before, after, share = positions(num_frames, rescaled)
     if kept < rescaled:
-        clip = clip[np.sort(draws.permutation(rescaled)[:kept])]
-    clip = np.array(clip, dtype=np.float32)
-    if strengths.noise:
-        clip += strengths.noise * draws.standard_normal(clip.shape, dtype=np.float32)
-    for axis, fraction in ((0, strengths.time_mask), (1, strengths.feature_mask / 2)):
-        frames_or_dims = clip if axis == 0 else clip.T
-        for _ in range(2):
-            # The span is drawn up to the fraction, so that a clip is sometimes left almost whole.
-            span = int(draws.integers(0, int(fraction * len(frames_or_dims)) + 1))
-            start = int(draws.integers(0, len(frames_or_dims) - span + 1))
-            frames_or_dims[start : start + span] = 0.0
-    return clip
+        chosen = np.sort(draws.permutation(rescaled)[:kept])
+        before, after, share = before[chosen], after[chosen], share[chosen]
+    noise = draws.integers(0, NOISE_VALUES, kept) if strengths.noise else None
+    return ClipDraw(
+        before=before,
+        after=after,
+        share=share,
+        noise=noise,
+        frame_spans=_spans(draws, kept, strengths.time_mask),
+        dim_spans=_spans(draws, dim, strengths.feature_mask / 2),
+    )
+
+
+def positions(num_frames: int, resampled: int) -> tuple[Frames, Frames, npt.NDArray[np.float32]]:
+    """Lay `resampled` frames evenly over `num_frames`, first and last in place: two neighbours and a share each."""
+    if resampled == num_frames:
+        same = np.arange(num_frames)
+        return same, same, np.zeros(num_frames, dtype=np.float32)
+    place = np.linspace(0.0, num_frames - 1.0, resampled)
+    before = np.floor(place).astype(np.int64)
+    return before, np.minimum(before + 1, num_frames - 1), (place - before).astype(np.float32)
+
+
+@lru_cache(maxsize=2)
+def noise_table(dim: int) -> npt.NDArray[np.float32]:
+    """Return standard normal values `[NOISE_VALUES + dim]`, the same everywhere.
+
+    A frame's noise is `dim` of them from a place drawn for it (Salimans et al. 2017 share noise so): drawing every
+    value anew cost more than all other work on a clip, and a draw per value would be one more per device.
+    """
+    return generator(_NOISE_KEY, dim).standard_normal(NOISE_VALUES + dim, dtype=np.float32)
+
+
+def _spans(draws: np.random.Generator, length: int, fraction: float) -> tuple[tuple[int, int], ...]:
+    """Draw two spans of up to `fraction` of a length, so that a clip is sometimes left almost whole."""
+    spans = []
+    for _ in range(2):
+        span = int(draws.integers(0, int(fraction * length) + 1))
+        start = int(draws.integers(0, length - span + 1))
+        spans.append((start, start + span))
+    return tuple(spans)

@@ -52,6 +52,19 @@ class MicroBatch:
             partner_labels=None if self.partner_labels is None else self.partner_labels.to(device),
         )
 
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors that `to` moves."""
+        labels = [self.labels, *([] if self.partner_labels is None else [self.partner_labels])]
+        moved = [tensor for part in labels for tensor in (part.classes, part.weights)]
+        return [self.features, *moved, *self.layout.tensors()]
+
+
+def without_features(
+    layout: TimeLayout, labels: Labels, partner_labels: Labels | None, clips: tuple[int, ...]
+) -> MicroBatch:
+    """Make the part of a micro-batch that is known before a feature is read."""
+    return MicroBatch(features=torch.empty(0), layout=layout, labels=labels, partner_labels=partner_labels, clips=clips)
+
 
 def make_labels(classes: Sequence[Indices], weights: npt.NDArray[np.float64]) -> Labels:
     """Pack the classes of several clips."""

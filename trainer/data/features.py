@@ -126,6 +126,12 @@ def scan_clip(path: Path, expected_dim: int | None = None) -> ClipScan:
         return ClipScan(
             problem=f"{path}: expected D = {expected_dim} as in the other clips, found {dim}; extract it anew"
         )
+    return ClipScan(num_frames=num_frames, dim=dim, moments=moments_of(features))
+
+
+def moments_of(features: NDArray[np.float32]) -> Moments:
+    """Return the moments of the frames of one clip `[T, D]`."""
+    num_frames, dim = features.shape
     mean, m2 = np.empty(dim), np.empty(dim)
     # In blocks: a float64 copy of the whole clip would cost more in page faults than the sums themselves.
     for start in range(0, dim, _DIMS_PER_BLOCK):
@@ -134,7 +140,7 @@ def scan_clip(path: Path, expected_dim: int | None = None) -> ClipScan:
         mean[block] = deviations.mean(axis=0)
         deviations -= mean[block]
         m2[block] = np.einsum("td,td->d", deviations, deviations)
-    return ClipScan(num_frames=num_frames, dim=dim, moments=Moments(count=num_frames, mean=mean, m2=m2))
+    return Moments(count=num_frames, mean=mean, m2=m2)
 
 
 def _find_member(path: Path, archive: zipfile.ZipFile) -> _Member:

@@ -20,7 +20,10 @@ Kind = Literal["corpus", "clip", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class Normalization:
-    """How raw features become the model's input; `mean` and `scale` are float32 `[D]`, used by kind `corpus`."""
+    """How raw features become the model's input; `mean` and `scale` are float32 `[D]`, used by kind `corpus`.
+
+    The input is `(features - mean) * scale`; `trainer.data.transform` computes it.
+    """
 
     kind: Kind
     mean: npt.NDArray[np.float32]
@@ -30,18 +33,6 @@ class Normalization:
     def feature_dim(self) -> int:
         """Return D."""
         return len(self.mean)
-
-    def apply(self, features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Normalise one clip `[T, D]` in place and return it."""
-        if self.kind == "corpus":
-            features -= self.mean
-            features *= self.scale
-        elif self.kind == "clip":
-            mean = features.mean(axis=0, dtype=np.float64)
-            spread = features.std(axis=0, dtype=np.float64)
-            features -= mean.astype(np.float32)
-            features *= _inverse(mean, spread)
-        return features
 
     def save(self, path: Path) -> None:
         """Write to a safetensors file."""
@@ -66,6 +57,12 @@ def from_moments(kind: Kind, moments: Sequence[Moments], feature_dim: int) -> No
         total = total.merge(part)
     spread = np.sqrt(total.m2 / total.count)
     return Normalization(kind=kind, mean=total.mean.astype(np.float32), scale=_inverse(total.mean, spread))
+
+
+def clip_statistics(features: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Return mean and inverse spread `[D]` of one clip `[T, D]`, for kind `clip`."""
+    mean = features.mean(axis=0, dtype=np.float64)
+    return mean.astype(np.float32), _inverse(mean, features.std(axis=0, dtype=np.float64))
 
 
 def _inverse(mean: npt.NDArray[np.float64], spread: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:

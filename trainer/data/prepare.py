@@ -1,20 +1,21 @@
-"""From a recipe to a checked corpus: every clip read once, in shares, before any training time is spent."""
+"""From a recipe to a checked corpus, in shares over the ranks, before any training time is spent."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
-from trainer.data.corpus import Clip, feature_dim, min_output_frames, read_split
-from trainer.data.features import ClipScan, Moments, scan_clip
+import numpy as np
+
+from trainer.data.features import ClipScan, Moments
 from trainer.data.normalization import Normalization, from_moments
+from trainer.data.opening import OpenCorpus
+from trainer.data.table import Split, shared_ids
 from trainer.data.vocabulary import Vocabulary
-from trainer.errors import InputError, name_some
+from trainer.errors import InputError
 from trainer.recipe import CorpusRecipe
 
 Log = Callable[[str], None]
@@ -40,23 +41,15 @@ class Ranks(Protocol):
 class TrainingCorpus:
     """The clips a run trains on and is validated on, with what was computed from them."""
 
-    train: list[Clip]
-    dev: list[Clip]
+    train: Split
+    dev: Split
     infeasible: list[str]
     vocabulary: Vocabulary
     normalization: Normalization
     clips_hash: str
     """Hash of the training clips in their order, with frames and glosses: what the plan is made from."""
     files_hash: str
-    """Hash of sizes and times of change of all files: whether what was checked is what is there."""
-
-
-def annotations_of(recipe: CorpusRecipe) -> str:
-    """Return where the annotations are: as the recipe says, else DATA_DIR/annotations, else DATA_DIR."""
-    if recipe.annotations:
-        return recipe.annotations
-    beside = Path(recipe.data_dir) / "annotations"
-    return str(beside if beside.is_dir() else recipe.data_dir)
+    """Hash of the state of all files: whether what was checked is what is there."""
 
 
 def prepare_corpus(
@@ -73,26 +66,30 @@ def prepare_corpus(
     `known` is a normalisation to use instead of computing one; `checked` the `files_hash` of a corpus that an earlier
     attempt has read in full, in which case features are not read again.
     """
-    train, dev = ranks.together(lambda: _read_both(recipe, log))
-    dim = feature_dim(train)
-    vocabulary = Vocabulary.build(clip.glosses for clip in train)
-    feasible = [clip for clip in train if is_feasible(clip, total_stride)]
-    infeasible = [clip.id for clip in train if not is_feasible(clip, total_stride)]
-    if not feasible:
+    train, dev, stored = ranks.together(lambda: _open_both(recipe, log))
+    dim = train.feature_dim
+    vocabulary = Vocabulary(train.table.all_glosses())
+    feasible, infeasible = _divide(train, total_stride)
+    if not len(feasible):
         raise InputError(
             f"{recipe.data_dir}: no training clip has the output frames CTC needs at total_stride {total_stride}; "
             "lower total_stride, or check that glosses and frames belong together"
         )
     if recipe.overfit_clips:
-        feasible = feasible[: recipe.overfit_clips]
-        dev = feasible
-    files_hash = hash_files([*feasible, *dev])
+        feasible = feasible.choose(np.arange(min(recipe.overfit_clips, len(feasible))))
+        dev, train, stored = feasible, feasible, None
+    _check_files(list({id(split.table): split for split in (train, dev)}.values()), ranks)
+    files_hash = _hash_files(train, dev)
     normalization = known
-    # Times of change may differ between the machines' copies: one rank that must read makes all of them read.
-    if any(ranks.gather_objects(checked != files_hash)) or normalization is None:
-        moments, problems = scan_in_shares(feasible, dim, ranks, recipe.num_workers)
-        if not recipe.overfit_clips:
-            problems += scan_in_shares(dev, dim, ranks, recipe.num_workers)[1]
+    if normalization is None and (stored is not None or recipe.normalization != "corpus"):
+        normalization = from_moments(recipe.normalization, [stored] if stored else [], dim)
+    # Records of a packed corpus were checked when it was packed, and have checksums. Times of change may differ
+    # between the machines' copies: one rank that must read makes all of them read.
+    unread = stored is None and any(ranks.gather_objects(checked != files_hash))
+    if unread or normalization is None:
+        moments, problems = scan_in_shares(train, ranks, recipe.num_workers)
+        if dev is not train and unread:
+            problems += scan_in_shares(dev, ranks, recipe.num_workers)[1]
         if problems:
             more = [f"and {len(problems) - 10} more bad files ({len(problems)} in all)"] if len(problems) > 10 else []
             raise InputError(problems[:10] + more)
@@ -108,25 +105,40 @@ def prepare_corpus(
         infeasible=infeasible,
         vocabulary=vocabulary,
         normalization=normalization,
-        clips_hash=hash_clips(feasible),
+        clips_hash=feasible.hash_clips(),
         files_hash=files_hash,
     )
 
 
-def is_feasible(clip: Clip, total_stride: int) -> bool:
-    """Tell whether CTC can emit the clip's glosses in its output frames."""
-    return -(-clip.num_frames // total_stride) >= min_output_frames(clip.glosses)
+def _divide(train: Split, total_stride: int) -> tuple[Split, list[str]]:
+    """Part the clips that CTC can learn from from the others, which are named."""
+    feasible = train.feasible(total_stride)
+    if feasible.all():
+        return train, []
+    return train.choose(np.flatnonzero(feasible)), [train.id(int(index)) for index in np.flatnonzero(~feasible)]
 
 
-def scan_in_shares(clips: Sequence[Clip], dim: int, ranks: Ranks, num_workers: int) -> tuple[list[Moments], list[str]]:
+def _check_files(splits: Sequence[Split], ranks: Ranks) -> None:
+    """Look for files that are missing or not whole, in shares over the ranks."""
+    mine = [problem for split in splits for problem in split.table.find_problems(ranks.rank, ranks.world_size)]
+    problems = [problem for share in ranks.gather_objects(mine) for problem in share]
+    if problems:
+        more = [f"and {len(problems) - 10} more ({len(problems)} in all)"] if len(problems) > 10 else []
+        raise InputError(problems[:10] + more)
+
+
+def _hash_files(train: Split, dev: Split) -> str:
+    return hashlib.sha256(f"{train.stamp()} {dev.stamp()}".encode()).hexdigest()
+
+
+def scan_in_shares(clips: Split, ranks: Ranks, num_workers: int) -> tuple[list[Moments], list[str]]:
     """Read and check clips, each on one rank; return moments chunk by chunk, and what is wrong, on every rank."""
     chunks = range(0, len(clips), _CHUNK)
     mine: list[tuple[int, Moments | None, list[str]]] = []
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         for start in chunks[ranks.rank :: ranks.world_size]:
-            scans: list[ClipScan] = list(
-                pool.map(lambda clip: scan_clip(clip.source, dim), clips[start : start + _CHUNK])
-            )
+            rows = [clips.row(index) for index in range(start, min(start + _CHUNK, len(clips)))]
+            scans: list[ClipScan] = list(pool.map(clips.table.scan, rows))
             merged: Moments | None = None
             for scan in scans:
                 if scan.moments is not None:
@@ -137,45 +149,19 @@ def scan_in_shares(clips: Sequence[Clip], dim: int, ranks: Ranks, num_workers: i
     return [moments for _, moments, _ in everyone if moments is not None], problems
 
 
-def hash_clips(clips: Sequence[Clip]) -> str:
-    """Hash which clips there are, in their order, with their frames and glosses."""
-    rows = [(clip.id, clip.num_frames, clip.glosses) for clip in clips]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-
-def hash_files(clips: Sequence[Clip]) -> str:
-    """Hash the sizes and times of change of the clips' files, but not where they lie."""
-    rows = [(clip.split, clip.id, (stat := clip.source.stat()).st_size, stat.st_mtime_ns) for clip in clips]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-
-def _read_both(recipe: CorpusRecipe, log: Log) -> tuple[list[Clip], list[Clip]]:
-    """Read the training and the dev split; problems of both arrive together."""
-    data_dir, annotations = Path(recipe.data_dir), annotations_of(recipe)
-    if not data_dir.is_dir():
-        raise InputError(f"{data_dir}: expected the corpus folder with train/ and dev/, found none; mend --data_dir")
-    splits: list[list[Clip]] = []
+def _open_both(recipe: CorpusRecipe, log: Log) -> tuple[Split, Split, Moments | None]:
+    """Open the training and the dev split, problems of both together; the moments are those stored, if any."""
+    corpus = OpenCorpus(recipe, log)
+    splits: list[Split] = []
     problems: list[str] = []
-    for split in ["train"] if recipe.overfit_clips else ["train", "dev"]:
-        expected = feature_dim(splits[0]) if splits else None
+    for name in ["train"] if recipe.overfit_clips else ["train", "dev"]:
         try:
-            splits.append(
-                read_split(
-                    data_dir,
-                    annotations,
-                    split,
-                    allow_missing=recipe.allow_missing,
-                    log=log,
-                    expected_dim=expected,
-                )
-            )
+            splits.append(corpus.split(name, expected_dim=splits[0].feature_dim if splits else None))
         except InputError as error:
             problems += error.problems
     if problems:
         raise InputError(problems)
     train, dev = splits[0], splits[-1]
-    if dev is not train:
-        shared = sorted({clip.id for clip in train} & {clip.id for clip in dev})
-        if shared:
-            log(f"warning: {len(shared)} clip ids are in train and in dev: {name_some(shared)}; check for a leak")
-    return train, dev
+    if dev is not train and (shared := shared_ids(train, dev)):
+        log(f"warning: {shared}; check for a leak")
+    return train, dev, corpus.moments
