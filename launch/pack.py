@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from trainer.data.shards.encode import BOUNDS
 from trainer.data.shards.pack import Packed, PackSpec, pack
-from trainer.data.shards.pack_listing import compare_source, known_clips, list_source, open_listing
+from trainer.data.shards.pack_listing import compare_source, is_packed, known_clips, list_source, open_listing
 from trainer.data.shards.pack_source import choose_splits, default_annotations
 from trainer.data.shards.pack_workers import StoppedError, WorkerPool
 from trainer.data.shards.verify import Verified, verify
@@ -103,7 +103,8 @@ def main(argv: Sequence[str]) -> int:
         with WorkerPool(options.workers or len(os.sched_getaffinity(0))) as pool:
             return _pack(spec, pool, restart=options.restart, check=options.verify)
     except (StoppedError, KeyboardInterrupt):
-        print(f"stopped: {spec.out} is not packed; the same command goes on where this one ended", file=sys.stderr)
+        done = "packed, but not verified" if is_packed(spec.out) else "not packed"
+        print(f"stopped: {spec.out} is {done}; the same command goes on where this one ended", file=sys.stderr)
         return EXIT_STOPPED
 
 

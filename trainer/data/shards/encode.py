@@ -27,7 +27,9 @@ BOUNDS = {
 _LARGEST_EXPONENT = 15
 """The largest deviation is stored between 2^14 and 2^15: float16 ends at 2^16, and its normal range at 2^-14."""
 _LARGEST_DEVIATION = 1e38
-_VALUES_PER_BLOCK = 1 << 17
+_VALUES_PER_BLOCK = 1 << 15
+# All there are: looking a float16 up takes half the time of converting it.
+_FLOATS = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 
 Floats = npt.NDArray[np.float32]
 
@@ -136,7 +138,7 @@ def largest_excess(features: Floats, decoded: Floats, encoding: Encoding) -> flo
 
 
 def _decode_into(features: Floats, stored: npt.NDArray[Any], encoding: Encoding) -> None:
-    np.copyto(features, stored)
+    np.take(_FLOATS, stored.view(np.uint16), out=features, mode="clip")
     if encoding.scaling == "deviation":
         features *= encoding.scale
         features += encoding.center

@@ -9,17 +9,14 @@ OUT.packing/corpus/      the corpus, renamed to OUT when all of it is on the dis
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -36,7 +33,7 @@ from trainer.data.shards.format import (
     StorageType,
     index_name,
 )
-from trainer.data.shards.pack_files import describe_failure, write_entry
+from trainer.data.shards.pack_files import describe_failure, write_bytes, write_entry
 from trainer.data.shards.pack_index import index_file, list_glosses, statistics_file, vocabulary_file
 from trainer.data.shards.pack_listing import Listing, compare_source, is_packed, known_clips, open_listing
 from trainer.data.shards.pack_scan import Findings, scan
@@ -49,10 +46,11 @@ from trainer.data.shards.pack_source import (
     hash_state,
     read_source,
 )
+from trainer.data.shards.pack_state import begin, locked, remove
 from trainer.data.shards.pack_workers import WorkerPool
-from trainer.data.shards.pack_write import Shard, Written, is_written, plan_shards, write_shards
+from trainer.data.shards.pack_write import Shard, Written, drop_unfinished, is_written, plan_shards, write_shards
 from trainer.errors import InputError
-from trainer.files import sync_folder, write_json
+from trainer.files import sync_folder
 
 _BYTES_PER_CLIP = 1000
 """Generous room for a clip in an index."""
@@ -91,10 +89,14 @@ class PackSpec:
         return self.scaling if self.dtype == "float16" else "none"
 
     @property
+    def target(self) -> Path:
+        """Return where the corpus will be."""
+        return self.out.resolve()
+
+    @property
     def folder(self) -> Path:
         """Return where the packing goes on until it is done."""
-        out = self.out.absolute()
-        return out.with_name(f"{out.name}.packing")
+        return self.target.with_name(f"{self.target.name}.packing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,19 +117,19 @@ def pack(spec: PackSpec, pool: WorkerPool, *, restart: bool, log: Log, progress:
     Raises `InputError` for anything wrong with the source, for an `out` that holds something else, for a packing that
     was begun with another source or other flags, and for want of room; what was done is kept for the next attempt.
     """
-    out = spec.out.absolute()
+    out = spec.target
     splits = choose_splits(spec.source, spec.where, spec.splits, log)
     source = read_source(spec.source, spec.where, splits, allow_missing=spec.allow_missing, log=log)
     if is_packed(out) or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         corpus = _expect_same(spec, source, progress)
         if spec.folder.is_dir():
-            with _locked(spec.folder):
-                _publish_leftovers(spec.folder)
+            with locked(spec.folder, log):
+                remove(spec.folder)
         return Packed(corpus=corpus, source=source, fresh=False, seconds={})
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         spec.folder.mkdir(exist_ok=True)
-        with _locked(spec.folder):
+        with locked(spec.folder, log):
             seconds = _pack_locked(spec, source, pool, restart=restart, log=log, progress=progress)
     except OSError as error:
         raise describe_failure(spec.folder, error) from None
@@ -137,7 +139,14 @@ def pack(spec: PackSpec, pool: WorkerPool, *, restart: bool, log: Log, progress:
 def _pack_locked(
     spec: PackSpec, source: Source, pool: WorkerPool, *, restart: bool, log: Log, progress: Progress
 ) -> dict[str, float]:
-    _begin(spec, source, restart=restart, log=log)
+    wanted = {
+        "dtype": spec.dtype,
+        "scaling": spec.stored_scaling,
+        "shard_mb": spec.shard_bytes / 1e6,
+        "splits": list(source.splits),
+        "source": hash_state(source),
+    }
+    begin(spec.folder, wanted, restart=restart, log=log)
     corpus = spec.folder / "corpus"
     corpus.mkdir(exist_ok=True)
     total, times = len(source.clips), [time.monotonic()]
@@ -149,7 +158,7 @@ def _pack_locked(
             encoding = choose_encoding(spec.dtype, spec.stored_scaling, mean, findings.minimum, findings.maximum)
         except InputError:
             # What mends a file changes the source: nothing of this can be used again.
-            _clear(spec.folder)
+            remove(spec.folder)
             raise
     times.append(time.monotonic())
     shards = _plan(spec, source)
@@ -169,9 +178,9 @@ def _pack_locked(
         )
     times.append(time.monotonic())
     _describe(spec, source, findings, shards, encoding, written, corpus)
-    corpus.replace(spec.out.absolute())
-    sync_folder(spec.out.absolute().parent)
-    _publish_leftovers(spec.folder)
+    corpus.replace(spec.target)
+    sync_folder(spec.target.parent)
+    remove(spec.folder)
     times.append(time.monotonic())
     return dict(zip(("reading", "packing", "publishing"), np.diff(times).tolist(), strict=True))
 
@@ -232,39 +241,8 @@ def _describe(
         source_bytes=int(sum(sizes.sum() for sizes in findings.bytes.values())),
         error={"max": written.largest, "mean": written.mean, "max_in_deviations": written.in_deviations},
     )
-    write_json(corpus / MANIFEST, manifest.to_json())
-
-
-def _begin(spec: PackSpec, source: Source, *, restart: bool, log: Log) -> None:
-    """Note what is packed, or see that an earlier attempt wanted the same."""
-    wanted: dict[str, Any] = {
-        "dtype": spec.dtype,
-        "scaling": spec.stored_scaling,
-        "shard_mb": spec.shard_bytes / 1e6,
-        "splits": list(source.splits),
-        "source": hash_state(source),
-    }
-    state = spec.folder / "state.json"
-    if restart:
-        _clear(spec.folder)
-    if not state.is_file():
-        _clear(spec.folder)
-        write_json(state, wanted)
-        return
-    begun = json.loads(state.read_bytes())
-    changed = [
-        f"--{name}: {begun.get(name)} then, {value} now"
-        for name, value in wanted.items()
-        if name != "source" and begun.get(name) != value
-    ]
-    if begun.get("source") != wanted["source"] and begun.get("splits") == wanted["splits"]:
-        changed.append(f"clips of {spec.source}, or sizes or times of change of their files, are not what they were")
-    if changed:
-        raise InputError(
-            f"{spec.folder}: a packing was begun there with another source or other flags ({'; '.join(changed)}); "
-            "give the same flags to go on, or --restart to begin anew"
-        )
-    log(f"{spec.folder}: going on with the packing that was begun there")
+    text = json.dumps(manifest.to_json(), indent=1, ensure_ascii=False) + "\n"
+    write_bytes(corpus / MANIFEST, text.encode())
 
 
 def _expect_same(spec: PackSpec, source: Source, progress: Progress) -> Listing:
@@ -296,8 +274,7 @@ def _expect_same(spec: PackSpec, source: Source, progress: Progress) -> Listing:
 
 def _check_room(spec: PackSpec, shards: Sequence[Shard], clips: int) -> None:
     corpus, written = spec.folder / "corpus", spec.folder / "written"
-    for leftover in (corpus / "shards").glob(".*"):
-        leftover.unlink()
+    drop_unfinished(corpus)
     needed = sum(shard.bytes for shard in shards if not is_written(shard, written, corpus)) + clips * _BYTES_PER_CLIP
     free = shutil.disk_usage(spec.folder).free
     if needed > free:
@@ -305,37 +282,3 @@ def _check_room(spec: PackSpec, shards: Sequence[Shard], clips: int) -> None:
             f"{spec.folder}: packing needs {needed / 1e6:,.1f} MB more, {free / 1e6:,.1f} MB are free; make room, then "
             "give the same command again: it goes on where this one ended"
         )
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    lock = folder / "lock"
-    if not lock.exists() and any(folder.iterdir()):
-        raise InputError(
-            f"{folder}: expected what an earlier packing left there, found other files; give another OUT, or move them"
-        )
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise InputError(f"{folder}: another process is packing there; wait for it, or end it") from None
-    finally:
-        os.close(descriptor)
-
-
-def _clear(folder: Path) -> None:
-    """Remove what an attempt left, but for the lock."""
-    # Without its state, whatever else is left is known to be worthless.
-    (folder / "state.json").unlink(missing_ok=True)
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != "lock":
-            path.unlink()
-
-
-def _publish_leftovers(folder: Path) -> None:
-    _clear(folder)
-    (folder / "lock").unlink()
-    folder.rmdir()

@@ -63,7 +63,10 @@ def is_packed(folder: Path) -> bool:
 
 
 def open_listing(folder: Path) -> Listing:
-    """Read manifest and indexes, their checksums compared; raises one `InputError` with all that is damaged."""
+    """List a packed corpus, comparing the checksums of all files but shards, and the sizes of these.
+
+    Raises one `InputError` with all that is damaged.
+    """
     try:
         manifest = Manifest.parse((folder / MANIFEST).read_bytes(), str(folder / MANIFEST))
     except OSError as error:
@@ -84,6 +87,12 @@ def open_listing(folder: Path) -> Listing:
                 f"{path}: expected {entry.bytes} bytes of checksum {entry.xxh3}, found {size} of {checksum:016x}; "
                 f"damaged: {REPAIR}"
             )
+    for shard in manifest.shards:
+        path = folder / shard.name
+        found = path.stat().st_size if path.is_file() else None
+        if found != shard.bytes:
+            there = "no such file" if found is None else f"{found}"
+            problems.append(f"{path}: expected {shard.bytes} bytes, found {there}; the shard is not whole: {REPAIR}")
     if problems:
         raise InputError(problems)
     try:

@@ -106,7 +106,7 @@ def hash_state(source: Source) -> str:
     digest = hashlib.sha256()
     with ThreadPoolExecutor(_READER_THREADS) as pool:
         for split, clips in source.splits.items():
-            for clip, status in zip(clips, pool.map(lambda clip: clip.source.stat(), clips), strict=True):
+            for clip, status in zip(clips, pool.map(_stat, clips), strict=True):
                 row = (split, clip.id, clip.signer, clip.glosses, clip.num_frames, status.st_size, status.st_mtime_ns)
                 digest.update(json.dumps(row).encode() + b"\n")
     return digest.hexdigest()
@@ -129,6 +129,15 @@ def fingerprint(rows: Sequence[tuple[str, str, int]]) -> str:
     for split, clip_id, checksum in rows:
         digest.update(f"{split}\0{clip_id}\0{checksum:016x}\n".encode())
     return digest.hexdigest()
+
+
+def _stat(clip: Clip) -> os.stat_result:
+    try:
+        return clip.source.stat()
+    except OSError as error:
+        raise InputError(
+            f"{clip.source}: cannot be read any more ({error.strerror}); let the extraction end first, then pack again"
+        ) from None
 
 
 def _has_annotations(annotations: str, split: str) -> bool:

@@ -117,6 +117,12 @@ def is_written(shard: Shard, state: Path, folder: Path) -> bool:
     return _state_path(state, shard).is_file() and path.is_file() and path.stat().st_size == shard.bytes
 
 
+def drop_unfinished(folder: Path) -> None:
+    """Remove the shards that an earlier attempt began and has not finished."""
+    for leftover in (folder / "shards").glob(".*"):
+        leftover.unlink()
+
+
 def write_shards(
     source: Source,
     findings: Findings,
@@ -136,8 +142,6 @@ def write_shards(
     """
     state.mkdir(exist_ok=True)
     (folder / "shards").mkdir(parents=True, exist_ok=True)
-    for leftover in (folder / "shards").glob(".*"):
-        leftover.unlink()
     unfinished: dict[int, int] = {}
     records: dict[int, dict[int, _Records]] = {}
 
