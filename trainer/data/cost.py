@@ -38,7 +38,7 @@ _WARM_UP = 10
 """First steps of an attempt, in which kernels are chosen, memory is reserved and files are read for the first time."""
 _CAPACITY = 4096
 _FEWEST_SAMPLES = 32
-_LARGEST_ERROR = 0.1
+_LARGEST_ERROR = 0.05
 """Standard error of each term, as a share of the mean step: with a larger one the samples cannot tell terms apart."""
 _TIMER_NOISE = 0.005
 """Relative noise that is assumed at least: samples that agree better than clocks do prove no more."""
