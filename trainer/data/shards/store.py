@@ -1,0 +1,196 @@
+"""Where a packed corpus lies: a folder, or an object store with a node-local cache."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from trainer.errors import InputError
+
+_MOST_OPEN = 256
+"""Files that a folder keeps open at once: a corpus may have more shards than a process may have files."""
+_BLOCK = 16 << 20
+
+
+class ShardStore(Protocol):
+    """Reads byte ranges of the files of one packed corpus; names are relative, with `/`.
+
+    Safe to use from several threads and after a fork. Every method raises `InputError` that names the file and the
+    mend.
+    """
+
+    location: str
+
+    @property
+    def is_local(self) -> bool:
+        """Whether a read costs no more than a disk's: if not, several at once hide how long each takes."""
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` (bytes, writable, contiguous) from `offset` on; a file that ends before is an error."""
+
+    def warm(self, name: str, offset: int, length: int) -> None:
+        """Make these bytes fast to read soon; a store that can keep nothing does nothing."""
+
+    def size(self, name: str) -> int:
+        """Return the size of a file in bytes."""
+
+    def local_path(self, name: str) -> Path:
+        """Return a path of the whole file on this machine (an index to be memory-mapped), fetched if need be."""
+
+    def discard(self, name: str, offset: int = 0, length: int | None = None) -> None:
+        """Drop what a cache holds of these bytes, of the whole file without a length: they failed their checksum.
+
+        What is read next comes from where the corpus lies; a store that keeps nothing does nothing.
+        """
+
+
+class LocalStore:
+    """A folder of this machine or of a shared file system."""
+
+    is_local = True
+
+    def __init__(self, folder: Path) -> None:
+        self.location = str(folder)
+        self._folder = folder
+        self._files: dict[str, _File] = {}
+        self.after_fork()
+        reset_after_fork(self)
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset` on."""
+        done = 0
+        try:
+            file = self._open(name)
+            while done < len(buffer):
+                # Straight into the caller's buffer: no page of a mapping to fault in, no copy of our own.
+                count = os.preadv(file.descriptor, [buffer[done:]], offset + done)
+                if not count:
+                    raise EOFError
+                done += count
+        except EOFError:
+            raise InputError(
+                f"{self._folder / name}: expected {offset + len(buffer)} bytes or more, found {offset + done}; the "
+                "file is cut short: copy it again or pack the corpus anew"
+            ) from None
+        except OSError as error:
+            raise _describe(self._folder / name, error) from None
+
+    def warm(self, name: str, offset: int, length: int) -> None:
+        """Have the kernel read these bytes ahead."""
+        if not length:
+            # The kernel would take it for all the rest of the file.
+            return
+        try:
+            os.posix_fadvise(self._open(name).descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+        except OSError as error:
+            raise _describe(self._folder / name, error) from None
+
+    def size(self, name: str) -> int:
+        """Return the size of a file in bytes."""
+        try:
+            return (self._folder / name).stat().st_size
+        except OSError as error:
+            raise _describe(self._folder / name, error) from None
+
+    def local_path(self, name: str) -> Path:
+        """Return the path of a file."""
+        return self._folder / name
+
+    def discard(self, name: str, offset: int = 0, length: int | None = None) -> None:
+        """Do nothing: nothing is kept here."""
+
+    def after_fork(self) -> None:
+        """Take a lock of this process's own."""
+        self._lock = threading.Lock()
+
+    def _open(self, name: str) -> _File:
+        file = self._files.get(name)
+        if file is None:
+            # Outside the lock: on a shared file system it takes milliseconds, and other threads need other files.
+            file = _File(os.open(self._folder / name, os.O_RDONLY))
+            with self._lock:
+                while len(self._files) >= _MOST_OPEN:
+                    del self._files[next(iter(self._files))]
+                self._files[name] = file
+        return file
+
+
+class _File:
+    """An open file, which closes when its last reader lets it go."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+def _describe(path: Path, error: OSError) -> InputError:
+    if error.errno == errno.ENOENT:
+        return InputError(f"{path}: expected a file of the packed corpus, found none; copy it again or pack anew")
+    return InputError(f"{path}: cannot be read ({error.strerror or error}); mend the path or its rights")
+
+
+def blocks(store: ShardStore, name: str) -> Iterator[memoryview]:
+    """Yield a store's file in blocks; each is valid until the next."""
+    size = store.size(name)
+    block = memoryview(bytearray(min(size, _BLOCK)))
+    for offset in range(0, size, _BLOCK):
+        part = block[: min(_BLOCK, size - offset)]
+        store.read_into(name, offset, part)
+        yield part
+
+
+class Forkable(Protocol):
+    """Holds something that a forked process must not share with its parent."""
+
+    def after_fork(self) -> None:
+        """Let go of it, in the forked process."""
+
+
+def reset_after_fork(thing: Forkable) -> None:
+    """Have `thing.after_fork` called in every process forked from this one while the thing lives."""
+    _forkable.add(thing)
+
+
+_forkable: weakref.WeakSet[Forkable] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for thing in list(_forkable):
+        thing.after_fork()
+
+
+# At the fork, not at the next use: by then the child may have torn down what the parent still needs, or may wait for a
+# lock that a thread of the parent held at that moment.
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def open_store(location: str, *, cache_dir: str = "", cache_gb: float = 50.0) -> ShardStore:
+    """Open the packed corpus at a folder, or at an address such as `s3://bucket/corpus`.
+
+    An address is read through a cache of at most `cache_gb` (10^9 bytes) in `cache_dir`, which is `~/.cache/signscale`
+    unless given; a folder only if `cache_dir` is given, as for a slow shared file system. Raises `InputError` for a
+    cache that cannot be written.
+    """
+    remote = "://" in location
+    if not remote and not cache_dir:
+        return LocalStore(Path(location))
+    if cache_gb <= 0:
+        raise InputError(f"cache_gb: expected a size above 0, found {cache_gb:g}; give the cache some room")
+    # Imported where it is used: a plain folder needs neither.
+    from trainer.data.shards.cache import CachedStore
+    from trainer.data.shards.remote import RemoteStore
+
+    inner = RemoteStore(location) if remote else LocalStore(Path(location))
+    folder = Path(cache_dir).expanduser() if cache_dir else _default_cache()
+    return CachedStore(inner, folder, int(cache_gb * 1e9))
+
+
+def _default_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "signscale"
