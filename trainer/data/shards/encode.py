@@ -20,7 +20,7 @@ HALF_MAX = 65504.0
 """The largest float16."""
 BOUNDS = {
     ("float16", "deviation"): "2^-11 * |x - center|, and one float32 rounding of x",
-    ("float16", "none"): "2^-11 * |x|",
+    ("float16", "none"): "2^-11 * |x|, or 2^-25 where that is more",
     ("float32", "none"): "0",
 }
 

@@ -122,7 +122,8 @@ def pack(spec: PackSpec, pool: WorkerPool, *, restart: bool, log: Log, progress:
     source = read_source(spec.source, spec.where, splits, allow_missing=spec.allow_missing, log=log)
     if is_packed(out) or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         corpus = _expect_same(spec, source, progress)
-        if spec.folder.is_dir():
+        if (spec.folder / "lock").is_file():
+            # Published, but ended before this was removed.
             with locked(spec.folder, log):
                 remove(spec.folder)
         return Packed(corpus=corpus, source=source, fresh=False, seconds={})
@@ -259,7 +260,8 @@ def _expect_same(spec: PackSpec, source: Source, progress: Progress) -> Listing:
             ("scaling", manifest.scaling, spec.stored_scaling),
             ("splits", ",".join(manifest.splits), ",".join(source.splits)),
         )
-        if then != now
+        # The scaling follows from float32: naming both would send the user after one mistake twice.
+        if then != now and not (name == "scaling" and manifest.dtype != spec.dtype)
     ]
     planned = [(shard.name, shard.bytes) for shard in _plan(spec, source)]
     if not differences:
