@@ -15,10 +15,12 @@ import numpy as np
 from trainer.checkpoint.content import Checkpoint, RunState
 from trainer.checkpoint.store import CheckpointStore
 from trainer.data.batch import MicroBatch
+from trainer.data.cost import COST_MODEL, CostFitter, heaviest_share
 from trainer.data.loader import EvaluationLoader, StepShare, TrainingLoader
 from trainer.data.prepare import TrainingCorpus
 from trainer.engine import Engine
 from trainer.errors import TrainingFailedError, name_some
+from trainer.files import write_json
 from trainer.layout import slot_frames
 from trainer.observe.progress import Progress
 from trainer.observe.red_flags import find_red_flags
@@ -63,6 +65,7 @@ class TrainingRun:
         self.total_epochs = whole + min(1.0, rest * self.batch_size / self.num_clips)
         self.first_step = self.state.step
         self.skips_in_a_row = 0
+        self.costs = CostFitter()
 
     def run(self) -> int:
         """Train to the end; return the exit code: 0, or 1 where the recipe names a target WER that was not reached."""
@@ -161,6 +164,10 @@ class TrainingRun:
         for name, value in sums.items():
             window[name] = window.get(name, 0.0) + value
         window["lr"] = rate
+        if self.engine.is_main:
+            outputs = -(-share.batch.num_frames // self.loader.plan.total_stride)
+            computing = (outcome.seconds - outcome.wait_seconds) / self.engine.world_size
+            self.costs.add(*heaviest_share(share.allotment, outputs), computing)
         self.progress.advance(outcome.loss)
 
     def _boundary(self, outcome: StepOutcome) -> str | None:
@@ -279,6 +286,9 @@ class TrainingRun:
         self.engine.on_main(lambda: self._publish(is_best))
 
     def _publish(self, is_best: bool) -> None:
+        fitted = self.costs.fit()
+        if fitted is not None:
+            write_json(Path(self.recipe.run.output_dir) / COST_MODEL, fitted.to_json())
         model, optimizer = self.engine.full_state()
         self.store.publish(
             Checkpoint(

@@ -73,7 +73,7 @@ class FeatureTransform:
         partner = rows.new_empty(content.partner.num_frames, self.dim)
         self._fill_clip(partner, content.partner, stored)
         before, after, share = (torch.from_numpy(part).to(self.device) for part in positions(len(partner), len(rows)))
-        mixed = partner[before].mul_(1.0 - share[:, None]).add_(partner[after].mul_(share[:, None]))
+        mixed = partner.index_select(0, before).lerp_(partner.index_select(0, after), share[:, None])
         rows.mul_(content.share).add_(mixed, alpha=1.0 - content.share)
 
     def apply(self, stored: Tensor, rows: Tensor, draw: ClipDraw | None) -> None:
@@ -92,14 +92,14 @@ class FeatureTransform:
                 if stored.data_ptr() != rows.data_ptr():
                     block.copy_(stored[chosen])
             else:
-                block.copy_(stored[moved[0][chosen]])
+                block.copy_(stored.index_select(0, moved[0][chosen]))
                 if moved[1] is not None:
                     # The affine map may follow: it commutes with weights that add up to one.
-                    share = moved[1][1][chosen]
-                    block.mul_(1.0 - share).add_(stored[moved[1][0][chosen]].float().mul_(share))
+                    after, share = moved[1]
+                    block.lerp_(stored.index_select(0, after[chosen]).float(), share[chosen])
             affine(block)
             if noise is not None:
-                block.add_(self._noise_rows[noise[chosen]], alpha=self._noise)
+                block.add_(self._noise_rows.index_select(0, noise[chosen]), alpha=self._noise)
         if draw is not None:
             for first, last in draw.frame_spans:
                 rows[first:last] = 0.0
