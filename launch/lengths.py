@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trainer.errors import InputError, name_some
+from trainer.errors import InputError
 from trainer.recipe import CorpusRecipe
 
 _TRAIN = "train"
@@ -35,54 +34,23 @@ class Lengths:
 
 
 def read_lengths(recipe: CorpusRecipe) -> Lengths:
-    """Read the lengths of the training clips of a folder of npz files or of a packed corpus, and no features."""
-    if "://" in recipe.data_dir or (Path(recipe.data_dir) / "manifest.json").is_file():
-        return _read_packed(recipe)
-    from trainer.data.corpus import feature_dim, min_output_frames, read_split
-    from trainer.data.opening import annotations_of
-    from trainer.randomness import clip_keys
+    """Read the lengths of the training clips of any corpus the trainer opens, and no features."""
+    from trainer.data.opening import OpenCorpus
+    from trainer.data.table import FolderTable
 
-    clips = read_split(
-        Path(recipe.data_dir),
-        annotations_of(recipe),
-        _TRAIN,
-        allow_missing=recipe.allow_missing,
-        log=lambda text: print(text, file=sys.stderr),
-    )
+    split = OpenCorpus(recipe, lambda text: print(text, file=sys.stderr)).split(_TRAIN)
+    stored = int(split.num_frames.sum(dtype=np.int64)) * split.feature_dim * split.storage.dtype.itemsize
+    if isinstance(split.table, FolderTable):
+        # The files may be compressed, or of another type than what is made of them.
+        stored = sum(clip.source.stat().st_size for clip in split.table.clips)
     return Lengths(
         source=recipe.data_dir,
-        num_frames=np.array([clip.num_frames for clip in clips]),
-        min_outputs=np.array([min_output_frames(clip.glosses) for clip in clips]),
-        keys=clip_keys([clip.id for clip in clips]),
-        bytes=sum(clip.source.stat().st_size for clip in clips),
-        feature_dim=feature_dim(clips),
-        num_classes=len({gloss for clip in clips for gloss in clip.glosses}) + 1,
-    )
-
-
-def _read_packed(recipe: CorpusRecipe) -> Lengths:
-    """Map the index of a packed corpus: no Python object is made per clip, of which there may be millions."""
-    from trainer.data.shards.format import INDEX_COLUMNS, MANIFEST, Manifest, map_columns, record_bytes
-    from trainer.data.shards.store import open_store
-
-    where = recipe.data_dir
-    store = open_store(where)
-    manifest = Manifest.parse(store.local_path(MANIFEST).read_bytes(), f"{where}/{MANIFEST}")
-    if _TRAIN not in manifest.splits:
-        splits = name_some(sorted(manifest.splits))
-        raise InputError(f"{where}: expected a split {_TRAIN}, found {splits}; pack the corpus anew with it")
-    wanted = {name: INDEX_COLUMNS[name] for name in ("num_frames", "min_outputs", "key")}
-    entry = manifest.splits[_TRAIN]
-    columns = map_columns(store.local_path(entry.index.name), wanted)
-    vocabulary = json.loads(store.local_path(manifest.vocabulary.name).read_bytes())
-    return Lengths(
-        source=where,
-        num_frames=columns["num_frames"],
-        min_outputs=columns["min_outputs"],
-        keys=columns["key"],
-        bytes=int(record_bytes(np.array([entry.frames]), manifest.feature_dim, manifest.dtype)[0]),
-        feature_dim=manifest.feature_dim,
-        num_classes=int(np.count_nonzero(vocabulary["counts"][_TRAIN])) + 1,
+        num_frames=split.num_frames,
+        min_outputs=split.min_outputs,
+        keys=split.keys,
+        bytes=stored,
+        feature_dim=split.feature_dim,
+        num_classes=len(split.table.all_glosses()) + 1,
     )
 
 

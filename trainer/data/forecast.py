@@ -1,7 +1,7 @@
 """The forecast: what a plan costs on ranks that are not there, from lengths alone.
 
 Uses the plan and the allotment of the trainer itself. Work is bounded: in a long epoch the first steps stand for all,
-since every epoch is drawn uniformly.
+since every epoch is drawn uniformly; of a corpus of millions, clips drawn at random stand for all.
 """
 
 from __future__ import annotations
@@ -18,16 +18,20 @@ from trainer.data.allotment import Allotment, allot
 from trainer.data.cost import FRAMES_ONLY, CostModel, share_counts
 from trainer.data.plan import GlobalBatch, Plan
 from trainer.layout import slot_frames
+from trainer.randomness import generator
 
 Indices = npt.NDArray[np.int64]
 
 SHUFFLE_WINDOWS = (1, 2, 4, 8, 16, 32)
 MOST_OVER_IDEAL = 1.05
 
-_STEPS, _CLIPS = 256, 1 << 19
-"""Measured of an epoch at most: steps, and the clips in them."""
+_STEPS, _FEW_CLIPS, _MANY_CLIPS = 100, 1 << 14, 1 << 19
+"""Measured of an epoch: so many steps, more of them if they have few clips in all, fewer if very many."""
 _SEARCH_STEPS = 16
+_ALL_CLIPS = 1 << 20
+"""Corpora up to this size are planned as they are; the order of 10 million clips takes most of a second to draw."""
 """Steps that judge a shuffle window, and two whole windows at least."""
+_SAMPLE = 16
 _RANKS_CUT = 16
 """Ranks of a step whose cells are cut to find the slowest, the most loaded ones."""
 
@@ -81,7 +85,10 @@ def forecast(
     `budget` as in `allot`; at most `steps` of each of `epochs` are measured (0: as many as take seconds).
     """
     rows, measured = [], 0
-    for batch in _batches(plan, size, epochs, steps):
+    limit = steps or max(1, min(max(_STEPS, _FEW_CLIPS // size), _MANY_CLIPS // size))
+    # Whole windows: the steps of one are of all lengths together, and of one length each.
+    limit = -(-limit // plan.shuffle_window) * plan.shuffle_window
+    for batch in _batches(_sample(plan, limit * size), size, epochs, limit):
         rows.append(_measure(batch, plan.total_stride, world_size, budget, model))
         measured += 1
     means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
@@ -118,14 +125,24 @@ def choose_window(
     return None
 
 
+def _sample(plan: Plan, clips: int) -> Plan:
+    """Plan for at least `clips` clips drawn from very many, or for all clips of a corpus that is not that large."""
+    drawn = max(clips, _ALL_CLIPS)
+    if drawn >= plan.num_clips:
+        return plan
+    # With replacement: a clip drawn twice changes no mean.
+    rows = generator(plan.seed, _SAMPLE).integers(0, plan.num_clips, drawn)
+    return dataclasses.replace(
+        plan, num_frames=plan.num_frames[rows], min_outputs=plan.min_outputs[rows], keys=plan.keys[rows]
+    )
+
+
 def _batches(plan: Plan, size: int, epochs: int, steps: int) -> Iterator[GlobalBatch]:
-    """Yield the full global batches to measure, whole windows of them; the short one where there is no other."""
+    """Yield the first full global batches of each epoch; the short one where there is no other."""
     # An epoch's last step has fewer clips a rank: it shares badly whatever the method, and is one of many.
     full = plan.num_clips // size
-    limit = steps or min(_STEPS, max(1, _CLIPS // size))
-    limit = -(-limit // plan.shuffle_window) * plan.shuffle_window
     for epoch in range(epochs):
-        yield from islice(plan.batches(epoch, size), min(max(1, full), limit))
+        yield from islice(plan.batches(epoch, size), min(max(1, full), steps))
 
 
 def _measure(batch: GlobalBatch, stride: int, world_size: int, budget: int, model: CostModel) -> dict[str, float]:
