@@ -72,10 +72,12 @@ class BoundedFolder:
             return
         try:
             yield file
-            # Under the lock: whoever lists the folder sees it by one of its names.
+            # Under the lock: whoever lists the folder sees it by one of its names. Room is given back after it is
+            # free, here as elsewhere: who is killed in between leaves a total too high, never one too low.
             with self._locked() as usage:
-                _add_to_total(usage, -_size(path))
+                replaced = _size(path)
                 file.temporary.replace(path)
+                _add_to_total(usage, -replaced)
             touch(path)
         except BaseException as error:
             self.drop(file.temporary)
@@ -119,12 +121,13 @@ class BoundedFolder:
         Nothing is dropped in vain, if what may be dropped does not suffice, except for `force`.
         """
         total, known = 0, []
+        pinned = None if self.pinned is None else f"{self.pinned}/"
         for path, status in files(self.path):
-            if path.name.endswith(_TEMPORARY):
+            if path.endswith(_TEMPORARY):
                 if _is_orphan(path):
-                    path.unlink()
+                    Path(path).unlink(missing_ok=True)
                     continue
-            elif self.pinned is None or not path.is_relative_to(self.pinned):
+            elif pinned is None or not path.startswith(pinned):
                 known.append((status.st_mtime_ns, status.st_size, path))
             total += status.st_size
         most = sum(freed for _, freed, _ in known)
@@ -133,7 +136,7 @@ class BoundedFolder:
         for _, freed, path in sorted(known):
             if total + size <= self._limit * _KEEP:
                 break
-            path.unlink(missing_ok=True)
+            Path(path).unlink(missing_ok=True)
             total -= freed
         return total
 
@@ -203,15 +206,19 @@ def touch(path: Path) -> bool:
     return True
 
 
-def files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """Yield all files of a bounded folder that count, those being written included."""
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            path = Path(parent, name)
-            # Somebody may clear the folder by hand.
-            with contextlib.suppress(FileNotFoundError):
-                if name != _USAGE:
-                    yield path, path.stat()
+def files(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Yield the path and status of all files of a bounded folder that count, those being written included."""
+    # No Path of each: a cache holds hundreds of thousands, and all its users wait for the list.
+    folders = [str(folder)]
+    while folders:
+        # Somebody may clear the folder by hand.
+        with contextlib.suppress(FileNotFoundError), os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                elif entry.name != _USAGE:
+                    with contextlib.suppress(FileNotFoundError):
+                        yield entry.path, entry.stat()
 
 
 def _size(path: Path) -> int:
@@ -221,10 +228,10 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _is_orphan(path: Path) -> bool:
+def _is_orphan(path: str) -> bool:
     """Tell whether nobody writes a temporary file any more."""
     try:
-        with path.open("rb") as file:
+        with Path(path).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False
