@@ -318,9 +318,8 @@ def report(speeds: dict[str, list[Speed]], args: argparse.Namespace) -> dict[str
         bar = BARS.get(name)
         verdict = "" if bar is None else f">= {bar:.0f}: {'met' if ratio >= bar else 'MISSED'}"
         wall = statistics.median(speed.wall for speed in found)
-        print(
-            f"{name:28}{statistics.median(cpu):22.0f}{min(cpu):9.0f}{max(cpu):9.0f}{ratio:10.1f}{wall:10.0f}   {verdict}"
-        )
+        spread = f"{statistics.median(cpu):22.0f}{min(cpu):9.0f}{max(cpu):9.0f}"
+        print(f"{name:28}{spread}{ratio:10.1f}{wall:10.0f}   {verdict}")
         key = name.replace(",", "").replace("'", "").replace(" ", "_")
         figures |= {f"{key}_clips_per_cpu_second": round(statistics.median(cpu), 1), f"{key}_ratio": round(ratio, 2)}
     return figures

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from launch.pack import main as pack_command
 from trainer.data.synthetic import SyntheticSpec, write_corpus
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +27,18 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A synthetic corpus of 40 training clips."""
     out = tmp_path_factory.mktemp("corpus") / "synthetic"
     write_corpus(SyntheticSpec(clips=40, seed=3, vocabulary_size=8, feature_dim=32), out, lambda text: None)
+    return out
+
+
+@pytest.fixture(scope="session", params=["float32", "float16"])
+def packed(request: pytest.FixtureRequest, corpus: Path) -> Path:
+    """The synthetic corpus, packed in either storage type into shards of a few clips."""
+    return pack(corpus, corpus.with_name(f"packed_{request.param}"), "--dtype", request.param)
+
+
+def pack(source: Path, out: Path, *flags: str) -> Path:
+    """Pack a corpus with the real command."""
+    assert pack_command([str(source), str(out), "--workers", "1", "--shard_mb", "0.05", *flags]) == 0
     return out
 
 

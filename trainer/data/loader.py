@@ -17,7 +17,7 @@ from trainer.data.cells import CellLoader, CellPlan
 from trainer.data.cost import FRAMES_ONLY, CostModel
 from trainer.data.normalization import Normalization
 from trainer.data.plan import GlobalBatch, Plan
-from trainer.data.prefetch import background
+from trainer.data.prefetch import background, for_two_threads
 from trainer.data.table import Split
 from trainer.data.transform import ClipContent
 from trainer.data.vocabulary import Vocabulary
@@ -79,7 +79,7 @@ class TrainingLoader:
         batches = self.plan.batches(epoch, size, position, drawn_size)
         planned = (self.share(batch, world_size, budget) for batch in batches)
         ahead = background(planned, _PLANNED_STEPS) if self.cell_loader.num_workers else planned
-        shares, upcoming = itertools.tee(ahead)
+        shares, upcoming = for_two_threads(ahead)
         requests = ((share, cell) for share in upcoming for cell in share.allotment.cells(rank))
         cells = self.cell_loader.cells(requests, lambda request: self._plan_cell(request[0].batch, request[1]))
         try:

@@ -15,6 +15,7 @@ Request = TypeVar("Request")
 Loaded = TypeVar("Loaded")
 
 _POLL_SECONDS = 0.1
+_END = object()
 
 
 def prefetch(
@@ -110,3 +111,20 @@ def look_ahead(requests: Iterator[Request], depth: int, act: Callable[[Request],
         if len(upcoming) > depth:
             yield upcoming.popleft()
     yield from upcoming
+
+
+def for_two_threads(items: Iterable[Item]) -> tuple[Iterator[Item], Iterator[Item]]:
+    """Let two threads iterate over the same items, each at its own pace."""
+    lock = threading.Lock()
+
+    def locked(branch: Iterator[Item]) -> Iterator[Item]:
+        while True:
+            # A tee's branches share their source, and none may be asked while the other one asks.
+            with lock:
+                item = next(branch, _END)
+            if item is _END:
+                return
+            yield item  # type: ignore[misc]
+
+    one, other = itertools.tee(items)
+    return locked(one), locked(other)

@@ -60,8 +60,8 @@ class PackedCorpus:
         """Open a split; raises `InputError` if there is none of this name, or its index is damaged."""
         if name not in self.manifest.splits:
             raise InputError(
-                f"{self.store.location}: expected a split {name}, found {name_some(sorted(self.manifest.splits))}; name "
-                "one of these, or pack the corpus anew with it (signscale pack --splits)"
+                f"{self.store.location}: expected a split {name}, found {name_some(sorted(self.manifest.splits))}; "
+                "name one of these, or pack the corpus anew with it (signscale pack --splits)"
             )
         return Split(PackedTable(self, name))
 
