@@ -82,7 +82,7 @@ def make_report(options: argparse.Namespace, recipe: Recipe, lengths: Lengths) -
     from trainer.layout import slot_frames
 
     # Refused before the work is done, should anything be missing.
-    model = read_cost_model(options.cost_model) if options.cost_model else FRAMES_ONLY
+    model = read_cost_model(Path(recipe.batch.cost_model)) if recipe.batch.cost_model else FRAMES_ONLY
     parameters = count_parameters(recipe, lengths) if options.fabric_gbit else None
     plan = make_plan(recipe, lengths)
     longest = int(slot_frames(np.array([plan.num_frames.max()]), plan.total_stride)[0])
@@ -233,13 +233,13 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Recipe]:
         description="What steps a recipe makes of a corpus at any world size, from the lengths of its clips alone.",
         epilog="Takes --config FILE and every flag of `signscale train` too: --data_dir, --batch_size, "
         "--gradient_accumulation_steps, --batch_scaling, --total_stride, --shuffle_window, "
-        "--max_frames_per_microbatch, --augment, …",
+        "--max_frames_per_microbatch, --augment, …; with --cost_model PATH (cost_model.json, or a run that holds one) "
+        "times are predicted too.",
     )
     add = parser.add_argument
     add("--world_size", type=_world_sizes, required=True, metavar="W,W,…", help="numbers of ranks, as in 8,64,512")
     add("--clips_per_rank", type=_positive, metavar="N", help="global batch of N clips times the world size")
     add("--epochs_measured", type=_positive, default=1, metavar="E", help="epochs the means run over (default 1)")
-    add("--cost_model", type=Path, metavar="PATH", help="cost_model.json of a run, or the run directory")
     add("--fabric_gbit", type=_bandwidth, metavar="G", help="bandwidth of each rank for the all-reduce, in Gbit/s")
     add("--lengths", type=Path, metavar="CSV", help="columns split,num_frames[,num_glosses], in place of a corpus")
     add("--feature_dim", type=_positive, metavar="D", help="with --lengths: features per frame")
