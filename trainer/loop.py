@@ -57,7 +57,7 @@ class TrainingRun:
         self.batch_size = self.recipe.global_batch_size(self.engine.world_size)
         self.peak = self.recipe.peak_learning_rate(self.engine.world_size)
         self.num_clips = self.loader.plan.num_clips
-        longest = slot_frames(self.loader.plan.num_frames.astype(np.int64), self.loader.plan.total_stride).max()
+        longest = slot_frames(np.array([self.loader.plan.num_frames.max()]), self.loader.plan.total_stride)[0]
         self.budget = batch.max_frames_per_microbatch or batch.batch_size * int(longest)
         steps_per_epoch = -(-self.num_clips // self.batch_size)
         self.total_steps = min(run.epochs * steps_per_epoch, run.max_steps or run.epochs * steps_per_epoch)

@@ -131,7 +131,7 @@ class Split:
     def hash_clips(self) -> str:
         """Hash which clips there are, in their order, with their frames and glosses."""
         digests = self.table.digests if self.rows is None else self.table.digests[self.rows]
-        return hashlib.sha256(np.ascontiguousarray(digests, dtype="<u8").tobytes()).hexdigest()
+        return hashlib.sha256(np.ascontiguousarray(digests, dtype="<u8").data).hexdigest()
 
     def stamp(self) -> str:
         """Tell the state of the clips' files apart from any other, without reading them."""

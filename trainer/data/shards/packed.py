@@ -101,7 +101,7 @@ class PackedTable:
             raise InputError(
                 f"{self.where}/{entry.index.name}: expected {entry.clips} clips, found {len(self.num_frames)}; {_MEND}"
             )
-        self.num_glosses: Ints = np.diff(columns["gloss_end"], prepend=0)
+        self.num_glosses: Ints = np.diff(columns["gloss_end"], prepend=0).astype(np.int32)
         self._shards = corpus.manifest.shards
 
     def id(self, row: int) -> str:
