@@ -277,6 +277,7 @@ def test_failures_that_pass_are_told_and_survived(
     told = capfd.readouterr().err.splitlines()
     assert [f"attempt {n} of {ATTEMPTS} failed" in line for n, line in zip((2, 3), told, strict=True)] == [True, True]
     assert all(f"{URL}/{SHARD}" in line and SECRET not in line for line in told)
+    assert all((f"HTTP {failure}" in line) == ("HTTP" in line) == failure.isdigit() for line in told)
 
 
 def test_a_connection_that_idled_too_long_is_no_failure(
@@ -720,6 +721,41 @@ def _read_all(folder: Path, cache: Path, count: Any) -> None:
         for offset, found in enumerate(pool.map(lambda i: read(store, 1000 * (i % 100), 1000), range(300))):
             assert found == CONTENT[1000 * (offset % 100) :][:1000]
     count.put(len(inner.reads))
+
+
+def test_an_extent_that_two_processes_fetched_at_once_counts_once(folder: Path, tmp_path: Path) -> None:
+    inner = Counted(folder)
+    inner.go.clear()
+    one, two = (CachedStore(each, tmp_path / "cache", 10**6) for each in (inner, LocalStore(folder)))
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(read, one, 10, 100)
+        inner.asked.wait()
+        assert read(two, 10, 100) == CONTENT[10:110]
+        inner.go.set()
+        assert slow.result() == CONTENT[10:110]
+    assert int((tmp_path / "cache" / ".usage").read_text()) == held(tmp_path / "cache") == 100
+
+
+def test_a_forked_process_waits_for_no_thread_of_its_parent(folder: Path, tmp_path: Path) -> None:
+    inner = Counted(folder)
+    inner.go.clear()
+    store = CachedStore(inner, tmp_path / "cache", 10**6)
+    with ThreadPoolExecutor(1) as pool:
+        parents = pool.submit(read, store, 77, 10)
+        inner.asked.wait()
+        child = multiprocessing.get_context("fork").Process(target=_go_and_read, args=(inner, store))
+        child.start()
+        child.join(30)
+        child.kill()
+        inner.go.set()
+        assert parents.result() == CONTENT[77:87]
+    child.join()
+    assert child.exitcode == 0
+
+
+def _go_and_read(inner: Counted, store: ShardStore) -> None:
+    inner.go.set()
+    _read_or_die(store)
 
 
 def test_a_fork_in_the_middle_of_everything_blocks_nobody(folder: Path, tmp_path: Path) -> None:
