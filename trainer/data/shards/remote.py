@@ -42,8 +42,8 @@ _CREDENTIALS = (
 # Not the global generator: a failing network must not change what the run draws.
 _jitter = random.Random()
 _inherited: list[Any] = []
-"""Connections of the process this one was forked from. They are never let go: their end would take the parent's sockets
-off the epoll that both share, and the parent would wait in vain for an answer."""
+"""Connections of the process this one was forked from. They are never let go: their end may take the parent's sockets
+off the epoll that both share, and the parent then waits in vain for an answer."""
 
 
 class RemoteStore:
