@@ -1,0 +1,486 @@
+"""Training on features end to end: clips per second of this trainer, a plain Accelerate loop and Lightning's Trainer.
+
+Two ranks on the CPU (gloo, one thread each), started alike by `accelerate launch`. Every way trains the same module
+(`FeatureTeacher`, small) from the same seed with the same optimizer, gradient clipping, loss (CTC per gloss, mean over
+clips), dropout and float32 precision, on features normalised by the same mean and scale, in steps of 16 clips, without
+augmentation. The corpus is synthetic, with PHOENIX-2014's lengths and 6,516 features a frame, and lies in memory (the
+page cache). Validation and checkpoints are left out.
+
+What differs is how the clips come and lie. Ours: the trainer as it is (`trainer.assembly.build_run`), a float16 corpus
+packed by `signscale pack`, clips end to end, shared out by length. Theirs: a compressed npz file per clip, a `Dataset`
+that normalises, a shuffling `DataLoader` that pads 8 random clips a rank to their longest, and the module computing on
+what is padded, its loss on true lengths; without and with worker processes, of which the
+faster counts. The ways take turns.
+
+`data_wait_fraction` is the trainer's own: of a run of the full teacher by `configs/teacher_conservative.yaml`, with its
+augmentation, on the packed corpus and two ranks. Ends with one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
+
+# Run as a file, Python looks beside the file and not where the packages are.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from launch.pack import main as pack
+from trainer.assembly import build_run
+from trainer.data.batch import MicroBatch
+from trainer.data.loader import StepShare, TrainingLoader
+from trainer.data.normalization import from_moments
+from trainer.data.opening import OpenCorpus
+from trainer.data.synthetic import SyntheticSpec, write_corpus
+from trainer.engine import Engine, seed_everything
+from trainer.layout import lay_out
+from trainer.models.build import build_model
+from trainer.observe.progress import Progress
+from trainer.optimization import make_optimizer
+from trainer.recipe import CorpusRecipe, Recipe
+from trainer.signals import StopRequest
+
+ROOT = Path(__file__).resolve().parents[1]
+RANKS = 2
+CLIPS_PER_RANK = 8
+CLIPS_PER_STEP = RANKS * CLIPS_PER_RANK
+BAR = 2.5
+WAIT_BAR = 0.02
+OURS = "ours"
+BASELINES = {"accelerate": "accelerate", "lightning": "lightning"}
+"""Ways to compare with, and the package that each takes."""
+_NEVER = 10**9
+_TINY = {"width": 0.02, "rnn_size": 12, "rnn_layers": 1}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print a table, end with one line of JSON."""
+    args = parse_args(argv)
+    if args.way:
+        run_worker(args)
+        return 0
+    missing = [package for package in BASELINES.values() if importlib.util.find_spec(package) is None]
+    baselines = [name for name, package in BASELINES.items() if package not in missing]
+    for package in missing:
+        print(f"{package} is not installed and left out: pip install --constraint constraints.txt -e '.[benchmarks]'")
+    with contextlib.ExitStack() as stack:
+        if args.folder is None:
+            args.folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        corpora = write_corpora(args)
+        figures: dict[str, Any] = {"load_before": round(os.getloadavg()[0], 1), "missing": missing}
+        print(
+            f"load {figures['load_before']} on {os.cpu_count()} cores; {args.rounds} rounds of {args.steps} steps of "
+            f"{CLIPS_PER_STEP} clips after {args.warmup} for warming up; {args.clips} clips an epoch"
+        )
+        figures |= report(measure(args, corpora, baselines))
+        figures |= report_wait(args, corpora)
+    figures["load_after"] = round(os.getloadavg()[0], 1)
+    print(f"load {figures['load_after']}; bars: >= {BAR} times both, waiting <= {100 * WAIT_BAR:.0f} %")
+    print(json.dumps(figures))
+    return 0
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--clips", type=int, default=320, help=f"training clips, rounded up to a multiple of {CLIPS_PER_STEP}")
+    add("--feature_dim", type=int, default=6516, help="features per frame, D")
+    add("--rounds", type=int, default=5, help="turns of every way")
+    add("--steps", type=int, default=40, help="steps measured in each turn")
+    add("--warmup", type=int, default=5, help="steps of each turn before that")
+    add("--workers", type=int, nargs="+", default=[0, 2], help="worker processes to try in the others' DataLoader")
+    add("--width", type=float, default=0.125, help="width of the small model, of the teacher's")
+    add("--rnn_size", type=int, default=64, help="LSTM units of the small model, in one layer")
+    add("--teacher_steps", type=int, default=16, help="steps of the full teacher whose waiting is measured")
+    add("--teacher_warmup", type=int, default=3, help="steps of the full teacher before that")
+    add("--uncompressed", action="store_true", help="npz files without compression: a harder comparison than the usual")
+    add("--folder", type=Path, help="where to keep the corpora for the next call (default: nowhere)")
+    add("--quick", action="store_true", help="short clips and tiny models: to see it run, not to measure")
+    add("--way", default="", help=argparse.SUPPRESS)
+    add("--out", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    args.clips += -args.clips % CLIPS_PER_STEP
+    if args.warmup < 1 or args.steps < 1 or args.rounds < 1:
+        parser.error("--warmup, --steps and --rounds: expected 1 or more of each")
+    return args
+
+
+class Corpora(NamedTuple):
+    """The same clips as labs have them, and packed."""
+
+    npz: Path
+    packed: Path
+
+
+def corpora_of(folder: Path) -> Corpora:
+    """Say where in a folder the corpora lie."""
+    return Corpora(folder / "npz", folder / "packed_float16")
+
+
+def write_corpora(args: argparse.Namespace) -> Corpora:
+    """Write the corpus as compressed npz and pack it; what is there from an earlier call stays."""
+    corpora = corpora_of(args.folder)
+    if not corpora.npz.exists():
+        raw = args.folder / "raw"
+        spec = SyntheticSpec(
+            clips=args.clips, size="demo" if args.quick else "full", feature_dim=args.feature_dim, seed=1
+        )
+        write_corpus(spec, raw, log=lambda _: None)
+        if not args.uncompressed:
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(compress, sorted(raw.rglob("*.npz"))))
+        raw.rename(corpora.npz)
+    if not corpora.packed.exists() and pack([str(corpora.npz), str(corpora.packed)]):
+        raise SystemExit(f"{corpora.npz} was not packed, see above")
+    found = len(list((corpora.npz / "train").glob("*.npz")))
+    if found != args.clips:
+        raise SystemExit(f"--folder {args.folder} holds {found} training clips, --clips says {args.clips}; change one")
+    return corpora
+
+
+def compress(path: Path) -> None:
+    """Save a feature file again as labs have them."""
+    with np.load(path) as archive:
+        features = archive["features"]
+    np.savez_compressed(path, features=features)
+
+
+# Turns, from the side of the process that starts the ranks.
+
+
+def measure(args: argparse.Namespace, corpora: Corpora, baselines: Sequence[str]) -> dict[str, list[float]]:
+    """Let all ways take turns; return the clips per second of each turn."""
+    ways = [OURS, *(f"{name} {workers}" for name in baselines for workers in args.workers)]
+    speeds: dict[str, list[float]] = {way: [] for way in ways}
+    for turn in range(args.rounds):
+        # What else the machine did in the meantime may have taken the corpora out of memory.
+        for path in (path for folder in corpora for path in folder.rglob("*") if path.is_file()):
+            path.read_bytes()
+        # Every other round in the opposite order: none always comes after the same one.
+        for way in ways if turn % 2 == 0 else reversed(ways):
+            speeds[way].append(CLIPS_PER_STEP * args.steps / take_turn(args, way))
+            print(f"round {turn + 1}, {way}: {speeds[way][-1]:.1f} clips/s", file=sys.stderr, flush=True)
+    return speeds
+
+
+def take_turn(args: argparse.Namespace, way: str) -> float:
+    """Start the ranks of one way and return the seconds of the steps that count."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "seconds.json"
+        flags = [f"--{name}={getattr(args, name)}" for name in ("clips", "steps", "warmup", "width", "rnn_size")]
+        flags += [f"--folder={args.folder}", f"--way={way}", f"--out={out}"] + ["--quick"] * args.quick
+        launch([__file__, *flags])
+        seconds: float = json.loads(out.read_text())
+    return seconds
+
+
+def launch(command: Sequence[str]) -> None:
+    """Run two ranks on the CPU to their end."""
+    config = ROOT / "accelerate_configs" / "multi_cpu.yaml"
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(RANKS)]
+    finished = subprocess.run(
+        [sys.executable, *launcher, *command],
+        # One thread a rank: there are as many cores as ranks, and readers beside them.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if finished.returncode:
+        raise SystemExit(f"{finished.stdout}\nthe ranks failed, see above: {' '.join(command)}")
+
+
+def report(speeds: dict[str, list[float]]) -> dict[str, Any]:
+    """Print a row for each way and return the figures: medians, and their ratios to the faster of each baseline."""
+    print(f"{'':>14}{'clips/s':>9}{'from':>9}{'to':>9}{'ours over':>11}{'from':>7}{'to':>7}")
+    figures: dict[str, Any] = {}
+    ours = speeds[OURS]
+    for way, turns in speeds.items():
+        columns = "".join(f"{value:>9.1f}" for value in (statistics.median(turns), min(turns), max(turns)))
+        columns += "{:>11.2f}{:>7.2f}{:>7.2f}".format(*compare(ours, turns))
+        print(f"{way:>14}{columns}", flush=True)
+        figures[f"clips_per_second_{way.replace(' ', '_')}"] = round(statistics.median(turns), 2)
+        figures[f"clips_per_second_{way.replace(' ', '_')}_range"] = [round(min(turns), 2), round(max(turns), 2)]
+    for name in BASELINES:
+        variants = [turns for way, turns in speeds.items() if way.startswith(name)]
+        best = max(variants, key=statistics.median, default=None)
+        ratio, *extremes = compare(ours, best) if best else (None, None, None)
+        figures |= {f"over_{name}": ratio, f"over_{name}_range": extremes}
+    return figures
+
+
+def compare(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
+    """Return the ratio of the medians, and the smallest and largest ratio within a round."""
+    rounds = [a / b for a, b in zip(ours, theirs, strict=True)]
+    ratios = statistics.median(ours) / statistics.median(theirs), min(rounds), max(rounds)
+    return tuple(round(ratio, 3) for ratio in ratios)  # type: ignore[return-value]
+
+
+def report_wait(args: argparse.Namespace, corpora: Corpora) -> dict[str, Any]:
+    """Train the full teacher by its recipe, as a user does; return which share of their time ranks wait for clips."""
+    steps = args.teacher_warmup + args.teacher_steps
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        values = {
+            "config": ROOT / "configs" / "teacher_conservative.yaml",
+            "data_dir": corpora.packed,
+            "output_dir": run,
+            "max_steps": steps,
+            "log_every": 1,
+            "evaluate_every": _NEVER,
+            "train_wer_clips": 0,
+            "trackers": [],
+        }
+        values |= _TINY if args.quick else {}
+        launch(["-m", "trainer.train", *(f"--{name}={value}" for name, value in values.items())])
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    waits = [line["data_wait_fraction"] for line in lines if "data_wait_fraction" in line][args.teacher_warmup :]
+    mean = statistics.mean(waits)
+    print(
+        f"full teacher with augmentation: waits {100 * mean:.2f} % of the time for clips ({100 * min(waits):.2f} to "
+        f"{100 * max(waits):.2f} % in each of {len(waits)} steps)"
+    )
+    return {"data_wait_fraction": round(mean, 5), "data_wait_range": [round(min(waits), 5), round(max(waits), 5)]}
+
+
+# Turns, from the side of a rank.
+
+
+def run_worker(args: argparse.Namespace) -> None:
+    """Train as one rank in one way; rank 0 writes the seconds of the steps that count."""
+    name, _, workers = args.way.partition(" ")
+    ways: dict[str, Callable[[], list[float]]] = {
+        OURS: lambda: train_ours(args),
+        "accelerate": lambda: train_with_accelerate(args, int(workers)),
+        "lightning": lambda: train_with_lightning(args, int(workers)),
+    }
+    ends = ways[name]()
+    if os.environ["RANK"] == "0":
+        args.out.write_text(json.dumps(ends[args.warmup + args.steps - 1] - ends[args.warmup - 1]))
+
+
+def make_recipe(args: argparse.Namespace) -> Recipe:
+    """Write the recipe of the small model; every way takes from it what it needs."""
+    values: dict[str, Any] = {
+        "data_dir": str(corpora_of(args.folder).packed),
+        "batch_size": CLIPS_PER_RANK,
+        "gradient_accumulation_steps": RANKS,
+        "width": args.width,
+        "rnn_size": args.rnn_size,
+        "rnn_layers": 1,
+        # Theirs have no schedule.
+        "scheduler": "constant",
+        "warmup_epochs": 0.0,
+        "epochs": _NEVER,
+        # The run ends in one step more, with a validation and a checkpoint.
+        "max_steps": args.warmup + args.steps + 1,
+        "evaluate_every": _NEVER,
+        "train_wer_clips": 0,
+        "trackers": [],
+    }
+    if args.out:
+        values["output_dir"] = str(args.out.parent / "run")
+    return Recipe.from_flat(values | (_TINY if args.quick else {}))
+
+
+def train_ours(args: argparse.Namespace) -> list[float]:
+    """Train with this trainer; return when each step ended."""
+    recipe = make_recipe(args)
+    engine = Engine(recipe.run)
+    run = build_run(recipe, engine, Progress(enabled=engine.is_main), StopRequest())
+    watched = WatchedLoader(run.loader)
+    run.loader = watched  # type: ignore[assignment]
+    run.run()
+    for tracker in run.trackers:
+        tracker.close()
+    engine.close()
+    return watched.ends
+
+
+class WatchedLoader:
+    """A training loader that notes when the loop comes back for the next step."""
+
+    def __init__(self, loader: TrainingLoader) -> None:
+        self.split, self.plan = loader.split, loader.plan
+        self.ends: list[float] = []
+        self._loader = loader
+
+    def steps(
+        self, epoch: int, position: int, **where: int
+    ) -> Generator[tuple[StepShare, Iterator[MicroBatch]], None, None]:
+        """Yield what the trainer's loader yields."""
+        with contextlib.closing(self._loader.steps(epoch, position, **where)) as steps:
+            for step in steps:
+                yield step
+                self.ends.append(time.perf_counter())
+
+
+def train_with_accelerate(args: argparse.Namespace, workers: int) -> list[float]:
+    """Train with a plain Accelerate loop; return when each step ended."""
+    recipe = make_recipe(args)
+    accelerator = Accelerator()
+    seed_everything(recipe.run.seed)
+    clips = NpzClips(args.folder)
+    model = PaddedTeacher(recipe, clips)
+    optimizer = make_optimizer(model, recipe.optimization)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, make_loader(clips, workers))
+    ends: list[float] = []
+    while len(ends) < args.warmup + args.steps:
+        for batch in loader:
+            loss = padded_loss(model(batch["features"]), batch)
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), recipe.optimization.gradient_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            ends.append(time.perf_counter())
+            if len(ends) == args.warmup + args.steps:
+                break
+    accelerator.end_training()
+    return ends
+
+
+def train_with_lightning(args: argparse.Namespace, workers: int) -> list[float]:
+    """Train with Lightning's Trainer; return when each step ended."""
+    import lightning
+
+    recipe = make_recipe(args)
+    ends: list[float] = []
+
+    class Module(lightning.LightningModule):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
+            return padded_loss(self.model(batch["features"]), batch)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return make_optimizer(self.model, recipe.optimization)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            ends.append(time.perf_counter())
+
+    seed_everything(recipe.run.seed)
+    clips = NpzClips(args.folder)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=RANKS,
+        strategy="ddp",
+        max_steps=args.warmup + args.steps,
+        max_epochs=-1,
+        gradient_clip_val=recipe.optimization.gradient_clip,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Module(PaddedTeacher(recipe, clips)), make_loader(clips, workers))
+    return ends
+
+
+# The usual way.
+
+
+class Clip(NamedTuple):
+    """A clip as the usual dataset gives it: features `[T, D]`, classes `[S]`."""
+
+    features: Tensor
+    classes: Tensor
+
+
+class NpzClips(Dataset[Clip]):
+    """A file per clip, normalised when it is read."""
+
+    def __init__(self, folder: Path) -> None:
+        corpora = corpora_of(folder)
+        rows = (corpora.npz / "annotations" / "train.corpus.csv").read_text(encoding="utf-8").splitlines()[1:]
+        self.clips = [(corpora.npz / row.split("|")[1], row.split("|")[3].split()) for row in rows]
+        glosses = sorted({gloss for _, sentence in self.clips for gloss in sentence})
+        self.class_of = {gloss: number for number, gloss in enumerate(glosses, start=1)}
+        moments = OpenCorpus(CorpusRecipe(data_dir=str(corpora.packed)), print).moments
+        assert moments is not None, "a packed corpus has the moments of its training clips"
+        self.normalization = from_moments("corpus", [moments], len(moments.mean))
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> Clip:
+        path, sentence = self.clips[index]
+        with np.load(path) as archive:
+            features = archive["features"]
+        features = (features - self.normalization.mean) * self.normalization.scale
+        return Clip(torch.from_numpy(features), torch.tensor([self.class_of[gloss] for gloss in sentence]))
+
+
+def pad(clips: Sequence[Clip]) -> dict[str, Tensor]:
+    """Collate clips as usual: padded to the longest, with their lengths."""
+    return {
+        "features": pad_sequence([clip.features for clip in clips], batch_first=True),
+        "num_frames": torch.tensor([len(clip.features) for clip in clips]),
+        "classes": pad_sequence([clip.classes for clip in clips], batch_first=True),
+        "num_glosses": torch.tensor([len(clip.classes) for clip in clips]),
+    }
+
+
+def make_loader(clips: NpzClips, workers: int) -> DataLoader[Clip]:
+    """Build the loader of random batches."""
+    return DataLoader(
+        clips,
+        CLIPS_PER_RANK,
+        shuffle=True,
+        drop_last=True,
+        collate_fn=pad,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+
+
+class PaddedTeacher(nn.Module):
+    """The same module on clips that are all as long as the longest: it computes on what is padded."""
+
+    def __init__(self, recipe: Recipe, clips: NpzClips) -> None:
+        super().__init__()
+        self.teacher = build_model(
+            recipe.model, feature_dim=clips.normalization.feature_dim, num_classes=len(clips.class_of) + 1
+        )
+        self.rng = np.random.default_rng(recipe.run.seed)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map padded features `[B, T, D]` to logits `[B, T', V]`."""
+        clips, longest = features.shape[:2]
+        keys = self.rng.integers(2**63, size=clips, dtype=np.uint64)
+        layout = lay_out(np.full(clips, longest), self.teacher.total_stride, keys)
+        logits: Tensor = self.teacher(features.flatten(0, 1), layout)
+        return logits.view(clips, -1, logits.shape[-1])
+
+
+def padded_loss(logits: Tensor, batch: dict[str, Tensor], total_stride: int = 4) -> Tensor:
+    """Return the CTC loss per gloss, mean over clips: what the recipe's `clip_target` is; logits `[B, T', V]`."""
+    lengths = -(-batch["num_frames"] // total_stride)
+    log_probs = logits.log_softmax(dim=-1).transpose(0, 1)
+    return F.ctc_loss(log_probs, batch["classes"], lengths, batch["num_glosses"], zero_infinity=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,111 @@
+"""The benchmark of training end to end runs, says what it lacks, and its ways train the same model on the same loss."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from trainer.data.batch import Labels
+from trainer.layout import lay_out
+from trainer.models.build import build_model
+from trainer.objectives.ctc import ctc_objective
+
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "train_features.py"
+FLAGS = ("--quick", "--clips", "30", "--feature_dim", "32", "--rounds", "1", "--steps", "2", "--warmup", "1")
+TURNS = ("--workers", "0", "--teacher_steps", "1", "--teacher_warmup", "1")
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("train_features", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def written(benchmark: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Namespace:
+    """The benchmark's arguments, with both corpora in their folder."""
+    folder = tmp_path_factory.mktemp("train_features")
+    args: Namespace = benchmark.parse_args([*FLAGS, "--folder", str(folder)])
+    benchmark.write_corpora(args)
+    return args
+
+
+def test_every_way_that_can_run_does(written: Namespace) -> None:
+    # From another directory: a benchmark finds the packages by itself.
+    finished = subprocess.run(
+        [sys.executable, str(SCRIPT), *FLAGS, *TURNS, "--folder", str(written.folder)],
+        cwd=written.folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    figures: dict[str, Any] = json.loads(finished.stdout.strip().splitlines()[-1])
+    installed = [name for name in ("accelerate", "lightning") if importlib.util.find_spec(name)]
+    for name in ("accelerate", "lightning"):
+        if name in installed:
+            ratio = figures["clips_per_second_ours"] / figures[f"clips_per_second_{name}_0"]
+            assert figures[f"over_{name}"] == pytest.approx(ratio, rel=1e-2)
+        else:
+            assert figures[f"over_{name}"] is None
+            assert f"{name} is not installed" in finished.stdout
+    assert figures["missing"] == [name for name in ("accelerate", "lightning") if name not in installed]
+    assert 0.0 <= figures["data_wait_fraction"] <= 1.0
+
+
+def test_the_padded_module_computes_the_trainer_s_loss(benchmark: ModuleType, written: Namespace) -> None:
+    recipe = benchmark.make_recipe(written)
+    clips = benchmark.NpzClips(written.folder)
+    torch.manual_seed(0)
+    padded = benchmark.PaddedTeacher(recipe, clips).eval()
+    torch.manual_seed(0)
+    teacher = build_model(recipe.model, feature_dim=written.feature_dim, num_classes=len(clips.class_of) + 1)
+    # Clips of one length, so that nothing is padded, and no dropout, whose draws differ.
+    chosen = [clips[index] for index in range(4)]
+    shortest = min(len(clip.features) for clip in chosen)
+    chosen = [clip._replace(features=clip.features[:shortest]) for clip in chosen]
+    for module in (*padded.modules(), *teacher.modules()):
+        if hasattr(module, "p"):
+            module.p = 0.0
+    batch = benchmark.pad(chosen)
+    theirs = benchmark.padded_loss(padded(batch["features"]), batch)
+
+    glosses = np.array([len(clip.classes) for clip in chosen])
+    labels = Labels(
+        classes=torch.cat([clip.classes for clip in chosen]),
+        lengths=torch.from_numpy(glosses),
+        weights=torch.from_numpy(1.0 / glosses).float(),
+    )
+    layout = lay_out(np.full(4, shortest), teacher.total_stride)
+    logits = teacher(torch.cat([clip.features for clip in chosen]), layout)
+    ours = ctc_objective(logits, layout.output_lengths, labels) / 4
+    assert theirs.item() == pytest.approx(ours.item(), rel=1e-5)
+
+
+def test_the_usual_dataset_reads_what_the_trainer_reads(benchmark: ModuleType, written: Namespace) -> None:
+    clips = benchmark.NpzClips(written.folder)
+    features = torch.cat([clips[index].features for index in range(len(clips))])
+    assert len(clips) == written.clips == 32
+    assert features.mean(dim=0).abs().max() < 1e-3
+    assert features.std(dim=0).max() == pytest.approx(1.0, abs=1e-2)
+
+
+def test_a_folder_of_other_clips_is_refused(benchmark: ModuleType, written: Namespace) -> None:
+    args = benchmark.parse_args(["--quick", "--clips", "64", "--folder", str(written.folder)])
+    with pytest.raises(SystemExit, match="holds 32 training clips, --clips says 64"):
+        benchmark.write_corpora(args)
