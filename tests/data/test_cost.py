@@ -89,6 +89,15 @@ def test_validations_checkpoints_and_noisy_neighbours_do_not_count() -> None:
     assert shares(found, counts) == pytest.approx(shares(undisturbed, counts), abs=0.01 * shares(TRUE, counts).sum())
 
 
+def test_a_machine_that_is_slow_for_hours_gives_the_model_of_its_usual_speed() -> None:
+    counts = draw_counts(1000)
+    samples = take_time(counts, noise=0.05)
+    samples[:400, 3] *= 2.0
+    found = fit(samples)
+    assert 540 <= found.samples <= 620
+    assert np.abs(shares(found, counts) - shares(TRUE, counts)).max() < 0.1 * shares(TRUE, counts).sum()
+
+
 def test_a_term_that_costs_nothing_is_zero_and_none_is_negative() -> None:
     flat = CostModel(per_slot=1e-3, per_walk=0.0, per_cell=0.0, samples=1, residual=0.0)
     for seed in range(10):

@@ -163,7 +163,8 @@ def fit_cost_model(samples: Floats) -> CostModel | None:
     """Fit rows of (slots, walks, cells, seconds) `[n, 4]`; None if they cannot tell.
 
     A step with a validation, a checkpoint or a noisy neighbour in it lies far from the others: what is beyond 3 median
-    absolute deviations is left out, again and again until the fit stays.
+    absolute deviations is left out, again and again until the fit stays. A third must remain: on a machine that is half
+    as fast for half of the time the model is that of one of its two speeds.
     """
     counts, seconds = samples[:, :3], samples[:, 3]
     usable = np.isfinite(samples).all(axis=1) & (seconds > 0)
@@ -184,7 +185,7 @@ def fit_cost_model(samples: Floats) -> CostModel | None:
         settled, kept, scale = bool((inside == kept).all()) and scale is not seconds, inside, predicted
         if settled:
             break
-    if kept.sum() < max(_FEWEST_SAMPLES, len(seconds) // 2):
+    if kept.sum() < max(_FEWEST_SAMPLES, len(seconds) // 3):
         return None
     residual = float(np.sqrt((error[kept] ** 2).mean()))
     if not _can_tell(counts[kept] / predicted[kept, None], max(residual, _TIMER_NOISE)):
