@@ -70,10 +70,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                 flush=True,
             )
     worst = {key: max(row[key] for row in rows) for key in rows[0]}
-    verdict = "met" if worst["plan_seconds_per_epoch"] < BAR else "MISSED"
-    print(f"bar: under {BAR:.0f} s an epoch: {verdict}; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+    clock, processor = worst["plan_seconds_per_epoch"], worst["cpu_seconds_per_epoch"]
+    # On a machine that others use, the clock runs while this process waits for its turn.
+    print(
+        f"bar: under {BAR:.0f} s an epoch on one core: {verdict(clock)} by the clock ({clock:.1f} s), "
+        f"{verdict(processor)} in processor time ({processor:.1f} s); load {os.getloadavg()[0]:.1f} on "
+        f"{os.cpu_count()} cores"
+    )
     print(json.dumps({"clips": args.clips, "world_size": args.world_size, "epochs": args.epochs} | worst))
     return 0
+
+
+def verdict(seconds: float) -> str:
+    """Judge the seconds of an epoch by the bar."""
+    return "met" if seconds < BAR else "MISSED"
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
