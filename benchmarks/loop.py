@@ -38,7 +38,7 @@ from trainer.assembly import build_run, make_training_loader
 from trainer.data.batch import MicroBatch
 from trainer.data.loader import StepShare, TrainingLoader
 from trainer.data.synthetic import SyntheticSpec, write_corpus
-from trainer.engine import Engine
+from trainer.engine import Engine, open_engine
 from trainer.objectives.ctc import ctc_objective
 from trainer.observe.progress import Progress
 from trainer.optimization import make_optimizer
@@ -168,7 +168,7 @@ def median_interval(ratios: Sequence[float]) -> tuple[float, float]:
 def run_worker(args: argparse.Namespace, folder: Path) -> None:
     """Train as one rank with both loops; rank 0 writes what was measured."""
     recipe = make_recipe(args, folder, int(os.environ.get("WORLD_SIZE", "1")))
-    engine = Engine(recipe.run)
+    engine = open_engine(recipe)
     run = build_run(recipe, engine, Progress(enabled=engine.is_main), StopRequest())
     turns = TakingTurns(
         loader=run.loader,

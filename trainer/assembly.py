@@ -23,7 +23,6 @@ from trainer.loop import TrainingRun
 from trainer.models.build import build_model, load_weights
 from trainer.observe.progress import Progress
 from trainer.observe.trackers import open_trackers
-from trainer.optimization import make_optimizer
 from trainer.recipe import Recipe
 from trainer.run_directory import check_same_recipe, claim, record
 from trainer.signals import StopRequest
@@ -57,11 +56,13 @@ def build_run(recipe: Recipe, engine: Engine, progress: Progress, stop: StopRequ
     if start is not None:
         _load_start(model, start, corpus, progress, where=str(path))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    engine.prepare(model.to(engine.device), make_optimizer(model, recipe.optimization))
+    engine.prepare(model, recipe.optimization)
     state = RunState()
     if resumed is not None:
-        engine.load(resumed.model, resumed.optimizer)
+        engine.load(resumed.optimizer)
         state = resumed.state
+        if state.loss_scale:
+            engine.loss_scale.restore(state.loss_scale)
     state.num_clips, state.world_size = len(corpus.train), engine.world_size
     state.clips_hash, state.files_hash = corpus.clips_hash, corpus.files_hash
     engine.on_main(lambda: record(recipe, world_size=engine.world_size, device=str(engine.device)))

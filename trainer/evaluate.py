@@ -14,7 +14,8 @@ from trainer.checkpoint.store import find_checkpoint
 from trainer.data.loader import EvaluationLoader
 from trainer.data.opening import OpenCorpus
 from trainer.data.table import Split
-from trainer.engine import Engine
+from trainer.engine import Processes
+from trainer.engine.replicated import ReplicatedEngine
 from trainer.errors import InputError, exit_on_input_error, name_some
 from trainer.files import write_json
 from trainer.layout import slot_frames
@@ -36,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = find_checkpoint(options.checkpoint)
         checkpoint = read_checkpoint(folder, with_optimizer=False)
         recipe = checkpoint.recipe
-        engine = Engine(dataclasses.replace(recipe.run, mixed_precision=options.mixed_precision))
+        run = dataclasses.replace(recipe.run, mixed_precision=options.mixed_precision)
+        # Whatever backend trained it: each rank evaluates with the whole model.
+        engine = ReplicatedEngine(Processes(run), run)
         stack.callback(engine.close)
         if len(set(engine.gather_objects(str(folder)))) > 1:
             raise InputError(f"{options.checkpoint}: a run published a checkpoint just now; name one, e.g. {folder}")
@@ -51,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             recipe.model, feature_dim=checkpoint.normalization.feature_dim, num_classes=len(checkpoint.vocabulary)
         )
         load_weights(model, checkpoint.model, where=str(folder))
-        engine.model = model.to(engine.device)
+        engine.prepare(model, None)
         loader = EvaluationLoader(
             split=clips,
             normalization=checkpoint.normalization,
@@ -86,7 +89,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache_dir", help="node-local cache of a packed corpus (default: the run's)")
     parser.add_argument("--cache_gb", type=float, help="its largest size, in 10^9 bytes (default: the run's)")
     parser.add_argument("--allow_missing", action="store_true", help="leave out clips without a feature file, aloud")
-    parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="no", help="precision (default: no)")
+    parser.add_argument(
+        "--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="precision (default: no)"
+    )
     parser.add_argument("--num_workers", type=int, default=2, help="reading threads of each rank (default: 2)")
     parser.add_argument(
         "--max_frames_per_microbatch", type=int, default=0, help="memory budget in frames (default: 8 longest clips)"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from trainer.checkpoint.content import Checkpoint, RunState
 from trainer.checkpoint.store import CheckpointStore
@@ -283,13 +284,15 @@ class TrainingRun:
         self.progress.show(metrics)
 
     def _save(self, *, is_best: bool) -> None:
-        self.engine.on_main(lambda: self._publish(is_best))
+        # All ranks give their parts; what is written, rank 0 writes.
+        model, optimizer = self.engine.full_state()
+        self.state.loss_scale = self.engine.loss_scale.state()
+        self.engine.on_main(lambda: self._publish(model, optimizer, is_best))
 
-    def _publish(self, is_best: bool) -> None:
+    def _publish(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], is_best: bool) -> None:
         fitted = self.costs.fit()
         if fitted is not None:
             write_json(Path(self.recipe.run.output_dir) / COST_MODEL, fitted.to_json())
-        model, optimizer = self.engine.full_state()
         self.store.publish(
             Checkpoint(
                 recipe=self.recipe,

@@ -146,7 +146,7 @@ class RunRecipe:
     """Save and leave after this many steps of this attempt, schedule untouched; --resume auto goes on (0: off)."""
     seed: NonNegativeInt = 42
     """Seed of weights, order, augmentation, mixup and dropout."""
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Precision of the forward pass; CTC and softmax are always float32."""
     deterministic: bool = False
     """Bit-identical repetition on a GPU too, at some cost (on the CPU it is always so)."""

@@ -11,7 +11,7 @@ import torch
 
 from trainer.data.batch import MicroBatch
 from trainer.data.loader import StepShare
-from trainer.engine import Engine
+from trainer.engine import Engine, Update
 from trainer.objectives.ctc import ctc_objective
 
 
@@ -52,21 +52,16 @@ def train_step(
         asked = time.perf_counter()
         cell = next(cells)
         waited += time.perf_counter() - asked
-        with engine.micro_batch(is_last=number == last):
-            with engine.autocast():
-                logits = engine.model(cell.features, cell.layout)
-            loss_sum = ctc_objective(
-                logits, cell.layout.output_lengths, cell.labels, cell.partner_labels, label_smoothing
-            )
-            engine.backward(loss_sum, share.denominator)
+        logits = engine.forward(cell.features, cell.layout)
+        loss_sum = ctc_objective(logits, cell.layout.output_lengths, cell.labels, cell.partner_labels, label_smoothing)
+        engine.backward(loss_sum, share.denominator, is_last=number == last)
         # Left on the device: asking for the number would wait for the pass to end, and the next one would begin late.
         losses.append(loss_sum.detach())
         clips.append(cell.clips)
     values = torch.stack(losses).double().cpu()
     total = values.sum()
     suspects = [clip for value, part in zip(values, clips, strict=True) if not torch.isfinite(value) for clip in part]
-    grad_norm = engine.clip(gradient_clip)
-    finite = math.isfinite(grad_norm) and bool(torch.isfinite(total))
+    finite = bool(torch.isfinite(total))
     # The one fused all-reduce: what ranks must agree on, and the metrics of the step.
     agreed = engine.all_reduce(
         torch.tensor(
@@ -82,13 +77,14 @@ def train_step(
     )
     loss_sum_all, not_finite, stops, wait_seconds, seconds = agreed.tolist()
     if not_finite:
-        engine.skip_step()
+        engine.discard()
+        update = Update(grad_norm=math.nan, applied=False)
     else:
-        engine.step(learning_rate)
+        update = engine.update(learning_rate, gradient_clip)
     return StepOutcome(
         loss=loss_sum_all / share.denominator,
-        grad_norm=grad_norm,
-        applied=not not_finite,
+        grad_norm=update.grad_norm,
+        applied=update.applied,
         stop_requested=stops > 0,
         wait_seconds=wait_seconds,
         seconds=seconds,

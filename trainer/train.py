@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from trainer.assembly import build_run
-from trainer.engine import Engine
+from trainer.engine import open_engine
 from trainer.errors import exit_on_input_error
 from trainer.observe.progress import Progress
 from trainer.parsing import parse_recipe
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, run, close; return the exit code. Raises `InputError` before anything is written."""
     recipe = parse_recipe(sys.argv[1:] if argv is None else argv, "python -m trainer.train")
     with ExitStack() as stack:
-        engine = Engine(recipe.run)
+        engine = open_engine(recipe)
         stack.callback(engine.close)
         progress = Progress(enabled=engine.is_main)
         stack.callback(progress.close)

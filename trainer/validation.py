@@ -66,8 +66,7 @@ def evaluate(
     all ranks if `stop_requested` became true on one of them, after the cell at hand. Raises `AssertionError` if a clip
     was missed or counted twice.
     """
-    model = engine.module
-    model.eval()
+    engine.training(False)
     clips = loader.split
     seen = torch.zeros(len(clips), dtype=torch.int64)
     counts = WerCounts.zero()
@@ -80,11 +79,12 @@ def evaluate(
         # Every rank has as many cells as every other, so that all of them ask at the same places.
         for cell in cells:
             if stop_requested is not None and engine.all_reduce(torch.tensor([int(stop_requested())])).item():
-                model.train()
+                engine.training(True)
                 return None
-            if cell is None:
+            decoded, clip_losses, has_loss = _run_cell(engine, cell)
+            if not cell.clips:
+                # A stand-in: its pass kept the ranks in step, where passes communicate.
                 continue
-            decoded, clip_losses, has_loss = _run_cell(engine, model, cell)
             losses.add(clip_losses[has_loss])
             for index, labels in zip(cell.clips, decoded, strict=True):
                 seen[index] += 1
@@ -96,7 +96,7 @@ def evaluate(
                 loader.vocabulary.decode(emission.label for emission in emissions[index]) for index in cell.clips
             ]
             counts = counts + score(references, hypotheses, protocol)
-    model.train()
+    engine.training(True)
     sums = [frames, blanks, losses.clips, losses.not_finite, losses.total]
     vector = torch.tensor([*counts.as_vector(), *sums, *seen.tolist()], dtype=torch.int64)
     engine.all_reduce(vector)
@@ -129,12 +129,9 @@ class _LossSum:
         self.total += int((finite / self.UNIT).round().long().sum())
 
 
-def _run_cell(
-    engine: Engine, model: torch.nn.Module, cell: MicroBatch
-) -> tuple[list[np.ndarray], torch.Tensor, torch.Tensor]:
+def _run_cell(engine: Engine, cell: MicroBatch) -> tuple[list[np.ndarray], torch.Tensor, torch.Tensor]:
     """Return the best class of each frame clip by clip, the loss per gloss of each clip, and which clips have one."""
-    with engine.autocast():
-        logits = model(cell.features, cell.layout)
+    logits = engine.forward(cell.features, cell.layout)
     log_probs = float32_log_probs(logits)
     has_loss = cell.labels.weights.cpu() > 0
     losses = ctc_losses(log_probs, cell.layout.output_lengths, cell.labels).cpu().double()

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from tests.conftest import TINY
 from trainer.assembly import build_run
-from trainer.engine import Engine
+from trainer.engine import Update, open_engine
 from trainer.observe.progress import Progress
 from trainer.parsing import parse_recipe
 from trainer.signals import StopRequest
@@ -20,7 +20,7 @@ def main(out: str, corpus: str, run_dir: str, budget: str) -> None:
     """Run forward and backward of one step, and keep what the optimizer would have got."""
     flags = ["--data_dir", corpus, "--output_dir", run_dir, "--dropout", "0.2", "--max_frames_per_microbatch", budget]
     recipe = parse_recipe([*TINY, *flags, "--batch_size", "10"])
-    engine = Engine(recipe.run)
+    engine = open_engine(recipe)
     run = build_run(recipe, engine, Progress(enabled=False), StopRequest())
     steps = run.loader.steps(
         0, 0, size=run.batch_size, rank=engine.rank, world_size=engine.world_size, budget=run.budget
@@ -28,10 +28,12 @@ def main(out: str, corpus: str, run_dir: str, budget: str) -> None:
     share, cells = next(steps)
     kept = {}
 
-    def keep(learning_rate: float) -> None:
+    def keep(learning_rate: float, max_norm: float) -> Update:
+        engine._gradients.finish()  # type: ignore[attr-defined]
         kept.update({name: p.grad.clone() for name, p in engine.module.named_parameters() if p.grad is not None})
+        return Update(grad_norm=0.0, applied=True)
 
-    engine.step = keep  # type: ignore[method-assign]
+    engine.update = keep  # type: ignore[method-assign]
     train_step(engine, share, cells, learning_rate=0.0, gradient_clip=0.0, label_smoothing=0.0, stop_requested=False)
     steps.close()
     if engine.is_main:

@@ -58,6 +58,8 @@ class RunState:
     """Which training clips the plan is made from."""
     files_hash: str = ""
     """Which files were read and checked."""
+    loss_scale: dict[str, float] = field(default_factory=dict)
+    """State of the dynamic loss scale; empty where the precision needs none."""
     world_size: int = 1
     """Ranks of the attempt that wrote this."""
 

@@ -95,10 +95,10 @@ class CellLoader:
         self._scratch = threading.local()
 
     def cells(
-        self, requests: Iterable[Request], plan: Callable[[Request], CellPlan | None]
-    ) -> Generator[MicroBatch | None, None, None]:
+        self, requests: Iterable[Request], plan: Callable[[Request], CellPlan]
+    ) -> Generator[MicroBatch, None, None]:
         """Yield the micro-batches of the requests, each valid until the next one is asked for."""
-        planned: Iterator[CellPlan | None] = map(plan, requests)
+        planned: Iterator[CellPlan] = map(plan, requests)
         with ThreadPoolExecutor(_WARMING_THREADS, thread_name_prefix="warm") as warmers:
             if not self.split.table.is_local:
                 planned = look_ahead(planned, _WARM_CELLS, lambda cell: self._warm(cell, warmers))
@@ -106,9 +106,6 @@ class CellLoader:
             ready = loaded if self._on_host else background(self._moved(loaded), 1, self._give_back)
             try:
                 for cell in ready:
-                    if cell is None:
-                        yield None
-                        continue
                     cell.arrive()
                     try:
                         yield cell.batch
@@ -119,18 +116,16 @@ class CellLoader:
                 loaded.close()
                 warmers.shutdown(wait=True, cancel_futures=True)
 
-    def _warm(self, cell: CellPlan | None, warmers: ThreadPoolExecutor) -> None:
-        for index in [] if cell is None else cell.clips.tolist():
+    def _warm(self, cell: CellPlan, warmers: ThreadPoolExecutor) -> None:
+        for index in cell.clips.tolist():
             # Whatever fails here fails again where the clip is read, and is reported there.
             warmers.submit(self.split.table.warm, self.split.row(index))
 
-    def _give_back(self, cell: Cell | None) -> None:
-        if cell is not None and cell.buffer is not None:
+    def _give_back(self, cell: Cell) -> None:
+        if cell.buffer is not None:
             self.pool.release(cell.buffer)
 
-    def _load(self, plan: CellPlan | None) -> Cell | None:
-        if plan is None:
-            return None
+    def _load(self, plan: CellPlan) -> Cell:
         rows = sum(content.num_frames for content in plan.contents)
         if not len(plan.clips):
             # The stand-in for a cell without clips: silence.
@@ -188,13 +183,10 @@ class CellLoader:
         ).tolist()
         return order
 
-    def _moved(self, cells: Iterator[Cell | None]) -> Iterator[Cell | None]:
+    def _moved(self, cells: Iterator[Cell]) -> Iterator[Cell]:
         """Bring cells to the device, copying and transforming on a stream beside the one that computes."""
         stream = _side_stream(self.device)
         for cell in cells:
-            if cell is None:
-                yield None
-                continue
             with stream:
                 batch = self._on_device(cell)
             # The buffer is free for the next cell as soon as its values have left it.

@@ -84,8 +84,7 @@ class TrainingLoader:
         cells = self.cell_loader.cells(requests, lambda request: self._plan_cell(request[0].batch, request[1]))
         try:
             for share in shares:
-                # There are no empty cells in training, only stand-ins.
-                yield share, (cell for cell in itertools.islice(cells, share.allotment.cells_per_rank) if cell)
+                yield share, itertools.islice(cells, share.allotment.cells_per_rank)
         finally:
             cells.close()
             ahead.close()
@@ -124,7 +123,7 @@ class TrainingLoader:
 
     def _plan_cell(self, batch: GlobalBatch, cell: Indices) -> CellPlan:
         if not len(cell):
-            return self._idle()
+            return idle_cell(self.plan.total_stride)
         clips, partners, num_frames = batch.clips[cell], batch.partners[cell], batch.num_frames[cell]
         weights, partner_weights = self.weights(batch)
         mixed = np.flatnonzero(partners != clips)
@@ -169,20 +168,6 @@ class TrainingLoader:
             for place, clip in enumerate(clips)
         ]
 
-    def _idle(self) -> CellPlan:
-        """Plan the stand-in for a cell without clips: it costs one output frame and weighs nothing."""
-        stride = self.plan.total_stride
-        return CellPlan(
-            clips=np.empty(0, dtype=np.int64),
-            contents=[ClipContent(stored=0, start=0, num_frames=stride)],
-            batch=without_features(
-                layout=lay_out(np.array([stride]), stride, np.zeros(1, dtype=np.uint64)),
-                labels=make_labels([np.ones(1, dtype=np.int64)], np.zeros(1)),
-                partner_labels=None,
-                clips=(),
-            ),
-        )
-
     def _labels(self, clips: Indices, weights: npt.NDArray[np.float64]) -> Labels:
         classes = [self.vocabulary.encode(self.split.glosses(int(clip))) for clip in clips]
         return make_labels([np.array(part, dtype=np.int64) for part in classes], weights)
@@ -208,17 +193,17 @@ class EvaluationLoader:
         self.cell_loader = CellLoader(split, normalization, num_workers=num_workers, device=device)
         self._feasible = split.feasible(total_stride)
 
-    def cells(self, *, rank: int, world_size: int, budget: int) -> Generator[MicroBatch | None, None, None]:
-        """Yield this rank's cells, as many as on every other rank; None stands for a cell without clips.
+    def cells(self, *, rank: int, world_size: int, budget: int) -> Generator[MicroBatch, None, None]:
+        """Yield this rank's cells, as many as on every other rank; stand-ins make up for those without clips.
 
         A cell is valid until the next one is asked for.
         """
         allotment = allot(slot_frames(self.num_frames, self.total_stride), world_size=world_size, budget=budget)
         return self.cell_loader.cells(allotment.cells(rank), self._plan_cell)
 
-    def _plan_cell(self, cell: Indices) -> CellPlan | None:
+    def _plan_cell(self, cell: Indices) -> CellPlan:
         if not len(cell):
-            return None
+            return idle_cell(self.total_stride)
         num_frames = self.num_frames[cell]
         glosses = [self.split.glosses(int(index)) for index in cell]
         # CTC has no loss for a gloss without a class, nor for too few frames: such clips count in the WER alone.
@@ -245,6 +230,20 @@ class EvaluationLoader:
             ),
             verify=True,
         )
+
+
+def idle_cell(total_stride: int) -> CellPlan:
+    """Plan the stand-in for a cell without clips: it costs one output frame and weighs nothing."""
+    return CellPlan(
+        clips=np.empty(0, dtype=np.int64),
+        contents=[ClipContent(stored=0, start=0, num_frames=total_stride)],
+        batch=without_features(
+            layout=lay_out(np.array([total_stride]), total_stride, np.zeros(1, dtype=np.uint64)),
+            labels=make_labels([np.ones(1, dtype=np.int64)], np.zeros(1)),
+            partner_labels=None,
+            clips=(),
+        ),
+    )
 
 
 def make_plan(

@@ -128,6 +128,10 @@ class Inception(nn.Module):
         self.channels = channels
         self.norm = nn.LayerNorm(channels)
 
+    def blocks(self) -> list[nn.Module]:
+        """Return the units and blocks that hold the weights, in the order of the forward pass."""
+        return [self.Conv_1a_7, self.Conv_2b_1, self.Conv_2c_3, *self.mixed.values()]
+
     def forward(self, x: Tensor, layout: TimeLayout) -> Tensor:
         """Run the network on silent, laid-out frames."""
         mask = layout.masks[self.first_stride]

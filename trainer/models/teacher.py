@@ -45,6 +45,10 @@ class FeatureTeacher(nn.Module):
             num_classes=num_classes,
         )
 
+    def blocks(self) -> list[nn.Module]:
+        """Return the parts that hold the weights, in the order of the forward pass: what is sharded one by one."""
+        return [self.embed, *self.inception.blocks(), self.head]
+
     def forward(self, features: Tensor, layout: TimeLayout) -> Tensor:
         """Return logits `[M, V]` of clips laid out by `layout`; `features` `[N, D]`, clip after clip."""
         frames = self.embed(features)

@@ -1,0 +1,122 @@
+"""What a backend offers to the step: passes, one update, and the whole state by name."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.engine.precision import LossScale, PreciseModel, make_loss_scale
+from trainer.engine.processes import Processes
+from trainer.layout import TimeLayout
+from trainer.recipe import OptimizationRecipe, RunRecipe
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What became of a step's gradient, on all ranks alike."""
+
+    grad_norm: float
+    """Norm of the global gradient before clipping."""
+    applied: bool
+    """False: it was not finite, and the step was skipped."""
+
+
+class Engine(abc.ABC):
+    """Passes and updates of one model on this rank, under one backend.
+
+    A step is any number of `forward` and `backward` passes, as many on every rank, then `update` or `discard`. What
+    this rank found out about a step must have been shared before: both are decided by all ranks alike.
+    """
+
+    name: str
+    """Backend, as a log names it."""
+    communicates_in_passes = False
+    """Whether forward and backward need the other ranks: then all of them must make the same passes in step."""
+
+    def __init__(self, processes: Processes, recipe: RunRecipe) -> None:
+        self.processes = processes
+        self.rank, self.world_size, self.device = processes.rank, processes.world_size, processes.device
+        self.is_main = processes.is_main
+        self.all_reduce, self.gather_objects = processes.all_reduce, processes.gather_objects
+        self.on_main, self.together = processes.on_main, processes.together
+        self.loss_scale: LossScale = make_loss_scale(recipe.mixed_precision)
+        self._precision = recipe.mixed_precision
+        self._wrapped: PreciseModel | None = None
+
+    def prepare(self, model: nn.Module, recipe: OptimizationRecipe | None) -> None:
+        """Take over a model whose weights are the same on every rank; without a recipe, for evaluation alone."""
+        self._wrapped = PreciseModel(model.to(self.device), self._precision, self.device)
+        self._prepare(self._wrapped, recipe)
+
+    @property
+    def module(self) -> nn.Module:
+        """Return the bare model, whose parameters may be parts of the whole."""
+        assert self._wrapped is not None, "no model was prepared"
+        return self._wrapped.model
+
+    @abc.abstractmethod
+    def _prepare(self, model: PreciseModel, recipe: OptimizationRecipe | None) -> None:
+        """Wrap the model and make the optimizer."""
+
+    @abc.abstractmethod
+    def forward(self, features: Tensor, layout: TimeLayout) -> Tensor:
+        """Return float32 logits `[M, V]` of a micro-batch."""
+
+    @abc.abstractmethod
+    def backward(self, loss_sum: Tensor, denominator: float, *, is_last: bool) -> None:
+        """Add the gradient of `loss_sum / denominator` to that of the global batch; `is_last` of this step."""
+
+    @abc.abstractmethod
+    def forget_passes(self) -> None:
+        """Forget this rank's passes of the step so far, to make them again; only before the last one."""
+
+    @abc.abstractmethod
+    def discard(self) -> None:
+        """Forget the step's gradient on all ranks."""
+
+    @abc.abstractmethod
+    def update(self, learning_rate: float, max_norm: float) -> Update:
+        """Sum the gradient over ranks, clip its norm to `max_norm` (0: not), and step, or skip if it is not finite."""
+
+    @abc.abstractmethod
+    def full_state(self) -> tuple[State, State]:
+        """Return the whole model's and optimizer's tensors by name, on rank 0's host; empty on the other ranks.
+
+        All ranks must ask. Optimizer tensors are named `<parameter>/<slot>`, whatever the backend, so that any of them
+        can go on from any other's. No rank but the first ever holds more than one whole tensor.
+        """
+
+    @abc.abstractmethod
+    def load(self, slots: State) -> None:
+        """Restore the optimizer that `full_state` returned, under any backend and on any number of ranks.
+
+        All ranks pass it whole; the weights came with the model that was prepared.
+        """
+
+    def training(self, mode: bool) -> None:
+        """Switch the model to training or to evaluation."""
+        assert self._wrapped is not None
+        self._wrapped.train(mode)
+
+    def close(self) -> None:
+        """Leave the process group."""
+        self.processes.close()
+
+
+def named_slots(slots: State) -> Iterator[tuple[str, str, Tensor]]:
+    """Take optimizer tensors apart into parameter, slot and tensor."""
+    for key, value in slots.items():
+        name, slot = key.rsplit("/", 1)
+        yield name, slot, value
+
+
+def to_host(value: Any) -> Tensor:
+    """Return a contiguous copy on the host."""
+    return torch.as_tensor(value).detach().cpu().contiguous().clone()

@@ -1,0 +1,149 @@
+"""Precision: the forward pass in 16 bits where the recipe says so, the same under every backend.
+
+Weights stay float32 and autocast chooses per operation, inside the model as each backend wraps it, so that the curve of
+a recipe in bf16 or fp16 does not depend on the backend either. Logits leave in float32; softmax and CTC never see less.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from trainer.errors import InputError
+from trainer.layout import TimeLayout
+
+Precision = Literal["no", "fp16", "bf16"]
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class PreciseModel(nn.Module):
+    """A model that computes in the recipe's precision and returns float32 logits; its state is the model's own."""
+
+    def __init__(self, model: nn.Module, precision: Precision, device: torch.device) -> None:
+        super().__init__()
+        self.model = model
+        self._precision, self._device_type = precision, device.type
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the model's blocks in the order of its forward pass, none inside another."""
+        found: list[nn.Module] = self.model.blocks()  # type: ignore[operator]
+        return found
+
+    def forward(self, features: Tensor, layout: TimeLayout) -> Tensor:
+        """Return logits `[M, V]`, float32."""
+        if self._precision == "no":
+            logits: Tensor = self.model(features, layout)
+            return logits
+        # Inside the module: DeepSpeed turns off an autocast that it finds around its own forward.
+        with torch.autocast(self._device_type, _DTYPES[self._precision]):
+            return self.model(features, layout).float()
+
+
+@dataclass
+class LossScale:
+    """Dynamic loss scaling by the rule of torch.amp.GradScaler, on a decision that all ranks share.
+
+    The loss is multiplied by `value`. A step whose gradient overflowed is skipped and halves it; `growth_interval`
+    steps in a row without an overflow double it. GradScaler itself looks at the gradients of one rank, which under a
+    sharded backend are not those of the others.
+    """
+
+    value: float = 2.0**16
+    good_steps: int = 0
+    """Steps in a row without an overflow since the scale last changed."""
+    growth_interval: int = 2000
+    growth_factor: float = 2.0
+    backoff_factor: float = 0.5
+
+    def update(self, *, overflowed: bool) -> None:
+        """Note a step."""
+        if overflowed:
+            self.value *= self.backoff_factor
+            self.good_steps = 0
+            return
+        self.good_steps += 1
+        if self.good_steps == self.growth_interval:
+            self.value *= self.growth_factor
+            self.good_steps = 0
+
+    @property
+    def collapsed(self) -> bool:
+        """Tell whether no scale is left: below 1, what overflows is the model and not the scale."""
+        return self.value < 1.0
+
+    def state(self) -> dict[str, float]:
+        """Return what a checkpoint keeps."""
+        return {"value": self.value, "good_steps": float(self.good_steps)}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Go on from what a checkpoint kept."""
+        self.value, self.good_steps = state["value"], int(state["good_steps"])
+
+
+class NoLossScale(LossScale):
+    """The scale of float32 and bf16, whose range needs none."""
+
+    def __init__(self) -> None:
+        super().__init__(value=1.0)
+
+    def update(self, *, overflowed: bool) -> None:
+        """Stay at 1."""
+
+    @property
+    def collapsed(self) -> bool:
+        """Never."""
+        return False
+
+    def state(self) -> dict[str, float]:
+        """Return nothing to keep."""
+        return {}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Restore nothing."""
+
+
+def make_loss_scale(precision: Precision) -> LossScale:
+    """Return the loss scale that a precision needs."""
+    return LossScale() if precision == "fp16" else NoLossScale()
+
+
+def check_precision(precision: Precision, device: torch.device) -> None:
+    """Raise `InputError` if the device cannot compute in a precision."""
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise InputError(
+            f"mixed_precision: {torch.cuda.get_device_name(device)} has no bf16; use --mixed_precision fp16, or no"
+        )
+
+
+def first_overflow(model: nn.Module, batch: Any) -> str:
+    """Name the first module whose output is not finite in a forward pass; empty if there is none."""
+    found: list[str] = []
+
+    def watch(name: str) -> Any:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            tensors = output if isinstance(output, tuple) else (output,)
+            if not found and any(
+                isinstance(t, Tensor) and t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in tensors
+            ):
+                found.append(name)
+
+        return look
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    try:
+        with torch.no_grad():
+            model(batch.features, batch.layout)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0].removeprefix("model.") if found else ""
+
+
+def is_finite(*values: float) -> bool:
+    """Tell whether all of these are."""
+    return all(math.isfinite(value) for value in values)
