@@ -24,6 +24,7 @@ from trainer.models.build import build_model, load_weights
 from trainer.observe.progress import Progress
 from trainer.observe.trackers import open_trackers
 from trainer.recipe import Recipe
+from trainer.relief import Relief
 from trainer.run_directory import check_same_recipe, claim, record
 from trainer.signals import StopRequest
 
@@ -74,6 +75,17 @@ def build_run(recipe: Recipe, engine: Engine, progress: Progress, stop: StopRequ
         f"{len(corpus.dev)} dev clips, {len(corpus.vocabulary) - 1} glosses, D = {corpus.normalization.feature_dim}; "
         f"global batch {recipe.global_batch_size(engine.world_size)} clips on {engine.world_size} rank(s)"
     )
+    trackers = (
+        open_trackers(
+            run_dir,
+            recipe.run.trackers,
+            after_step=state.step if resumed else -1,
+            project=recipe.run.wandb_project,
+            recipe=recipe.flat(),
+        )
+        if engine.is_main
+        else []
+    )
     return TrainingRun(
         recipe=recipe,
         engine=engine,
@@ -83,17 +95,10 @@ def build_run(recipe: Recipe, engine: Engine, progress: Progress, stop: StopRequ
         dev=_evaluation_loader(recipe, corpus, engine, corpus.dev),
         train_subset=_train_subset(recipe, corpus, engine),
         store=store,
-        trackers=open_trackers(
-            run_dir,
-            recipe.run.trackers,
-            after_step=state.step if resumed else -1,
-            project=recipe.run.wandb_project,
-            recipe=recipe.flat(),
-        )
-        if engine.is_main
-        else [],
+        trackers=trackers,
         progress=progress,
         stop=stop,
+        relief=Relief(engine, recipe, trackers, progress.say),
     )
 
 

@@ -23,11 +23,14 @@ from trainer.engine import Engine
 from trainer.errors import TrainingFailedError, name_some
 from trainer.files import write_json
 from trainer.layout import slot_frames
+from trainer.memory.budget import FrameBudget
 from trainer.observe.progress import Progress
 from trainer.observe.red_flags import find_red_flags
 from trainer.observe.trackers import Tracker
 from trainer.optimization import learning_rate
+from trainer.passes import BrokenPassError
 from trainer.recipe import Recipe
+from trainer.relief import Relief, Reload
 from trainer.signals import StopRequest
 from trainer.step import StepOutcome, train_step
 from trainer.validation import Evaluation, evaluate
@@ -52,6 +55,7 @@ class TrainingRun:
     trackers: Sequence[Tracker]
     progress: Progress
     stop: StopRequest
+    relief: Relief
 
     def __post_init__(self) -> None:
         batch, run = self.recipe.batch, self.recipe.run
@@ -59,7 +63,7 @@ class TrainingRun:
         self.peak = self.recipe.peak_learning_rate(self.engine.world_size)
         self.num_clips = self.loader.plan.num_clips
         longest = slot_frames(np.array([self.loader.plan.num_frames.max()]), self.loader.plan.total_stride)[0]
-        self.budget = batch.max_frames_per_microbatch or batch.batch_size * int(longest)
+        self.memory = FrameBudget(batch.max_frames_per_microbatch or batch.batch_size * int(longest), int(longest))
         steps_per_epoch = -(-self.num_clips // self.batch_size)
         self.total_steps = min(run.epochs * steps_per_epoch, run.max_steps or run.epochs * steps_per_epoch)
         whole, rest = divmod(self.total_steps, steps_per_epoch)
@@ -100,7 +104,7 @@ class TrainingRun:
                 size=self.batch_size,
                 rank=self.engine.rank,
                 world_size=self.engine.world_size,
-                budget=self.budget,
+                budget=self.memory.value,
                 drawn_size=self.state.drawn_size,
             )
             try:
@@ -112,12 +116,16 @@ class TrainingRun:
 
     def _train_epoch(self, steps: Iterator[tuple[StepShare, Iterator[MicroBatch]]]) -> str | None:
         started = time.perf_counter()
+        budget = self.memory.value
         for share, cells in steps:
             outcome, rate = self._step(share, cells)
             self._count(share, outcome, rate, time.perf_counter() - started)
             reason = self._boundary(outcome)
             if reason:
                 return reason
+            if self.memory.value != budget:
+                # What was planned ahead was cut for another budget.
+                return None
             started = time.perf_counter()
         return None
 
@@ -129,15 +137,7 @@ class TrainingRun:
             peak=self.peak,
             recipe=self.recipe.optimization,
         )
-        outcome = train_step(
-            self.engine,
-            share,
-            cells,
-            learning_rate=rate,
-            gradient_clip=self.recipe.optimization.gradient_clip,
-            label_smoothing=self.recipe.objective.label_smoothing,
-            stop_requested=self.stop.requested,
-        )
+        outcome = self._attempt(share, cells, rate)
         self.state.step += 1
         self.state.position = end
         if end >= self.num_clips:
@@ -147,6 +147,47 @@ class TrainingRun:
         else:
             self._report_skip(outcome)
         return outcome, rate
+
+    def _attempt(self, share: StepShare, cells: Iterator[MicroBatch], rate: float) -> StepOutcome:
+        """Make a step, again with smaller cells where a rank could not finish it; the plan's clips stay the same."""
+        while True:
+            with Reload(self.loader, share) as reload:
+                try:
+                    outcome = train_step(
+                        self.engine,
+                        share,
+                        cells,
+                        reload=reload,
+                        learning_rate=rate,
+                        gradient_clip=self.recipe.optimization.gradient_clip,
+                        label_smoothing=self.recipe.objective.label_smoothing,
+                        stop_requested=self.stop.requested,
+                    )
+                except BrokenPassError as error:
+                    self.relief.descend_alone(
+                        self.memory, f"a pass of {error} ran out of memory on rank {self.engine.rank}"
+                    )
+                if outcome.shortages:
+                    self.relief.note_shortage(self.memory, outcome.shortages, self.state)
+                elif not outcome.repeat:
+                    self.memory.rise()
+                if outcome.misfits:
+                    self._save(is_best=False)
+                    self.relief.descend_together(self.memory, self._name_misfits(share, outcome))
+                if not outcome.repeat:
+                    return outcome
+                share = self.loader.share(share.batch, self.engine.world_size, self.memory.value)
+                cells = map(reload, share.allotment.cells(self.engine.rank))
+
+    def _name_misfits(self, share: StepShare, outcome: StepOutcome) -> str:
+        mine = None if outcome.misfit is None else int(share.batch.clips[outcome.misfit])
+        split = self.loader.split
+        names = [
+            f"{split.id(clip)} ({split.num_frames[clip]} frames)"
+            for clip in self.engine.gather_objects(mine)
+            if clip is not None
+        ]
+        return f"clip {name_some(names)} does not fit into memory, not even alone"
 
     def _count(self, share: StepShare, outcome: StepOutcome, rate: float, seconds: float) -> None:
         """Add a step to the sums that the next line of metrics is made of; a skipped step counts in time alone."""
@@ -256,7 +297,7 @@ class TrainingRun:
         return evaluate(
             self.engine,
             loader,
-            budget=self.budget,
+            budget=self.memory.value,
             protocol=self.recipe.run.protocol,
             stop_requested=lambda: self.stop.requested,
         )

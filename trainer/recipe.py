@@ -32,6 +32,10 @@ class CorpusRecipe:
     """Folder with {split}.corpus.csv, or a pattern such as ann/{split}.SI5.corpus.csv (default: in DATA_DIR)."""
     allow_missing: bool = False
     """Train without the annotated clips whose feature file is missing, and say which."""
+    max_frames: NonNegativeInt = 0
+    """Cut training clips to their first frames, this many at most (0: never)."""
+    skip_clips: list[str] = field(default_factory=list)
+    """Ids of training clips to leave out, aloud."""
     normalization: Literal["corpus", "clip", "none"] = "corpus"
     """Zero mean and unit variance per dimension over the training split, over each clip, or features as they are."""
     overfit_clips: NonNegativeInt = 0
@@ -148,6 +152,8 @@ class RunRecipe:
     """Seed of weights, order, augmentation, mixup and dropout."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Precision of the forward pass; CTC and softmax are always float32."""
+    activation_checkpointing: bool = False
+    """Keep the inputs of the model's blocks alone, and compute the rest again in the backward pass: less memory."""
     deterministic: bool = False
     """Bit-identical repetition on a GPU too, at some cost (on the CPU it is always so)."""
     log_every: PositiveInt = 50
@@ -235,6 +241,7 @@ FREE_ON_RESUME = frozenset(
         "cache_gb",
         "cost_model",
         "max_frames_per_microbatch",
+        "activation_checkpointing",
         "stop_after_steps",
         "log_every",
         "save_every",

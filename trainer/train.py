@@ -9,14 +9,23 @@ from contextlib import ExitStack
 from trainer.assembly import build_run
 from trainer.engine import open_engine
 from trainer.errors import exit_on_input_error
+from trainer.memory.ladder import Descent, start_again
 from trainer.observe.progress import Progress
 from trainer.parsing import parse_recipe
+from trainer.recipe import Recipe
 from trainer.signals import StopRequest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, run, close; return the exit code. Raises `InputError` before anything is written."""
     recipe = parse_recipe(sys.argv[1:] if argv is None else argv, "python -m trainer.train")
+    try:
+        return _train(recipe)
+    except Descent as descent:
+        start_again(descent.rung)
+
+
+def _train(recipe: Recipe) -> int:
     with ExitStack() as stack:
         engine = open_engine(recipe)
         stack.callback(engine.close)
@@ -24,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         stack.callback(progress.close)
         stop = StopRequest()
         run = build_run(recipe, engine, progress, stop)
+        stack.callback(run.relief.close)
         for tracker in run.trackers:
             stack.callback(tracker.close)
         # Before this there is nothing to save, and a signal ends the process as usual.

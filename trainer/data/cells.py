@@ -7,6 +7,7 @@ their own, and transformed there: half the bytes on the bus for float16, and not
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -115,6 +116,17 @@ class CellLoader:
                 ready.close()
                 loaded.close()
                 warmers.shutdown(wait=True, cancel_futures=True)
+
+    @contextlib.contextmanager
+    def cell(self, plan: CellPlan) -> Iterator[MicroBatch]:
+        """Load one cell at once, out of turn; its buffer goes back at the end of the context."""
+        moved = iter([self._load(plan)]) if self._on_host else self._moved(iter([self._load(plan)]))
+        cell = next(moved)
+        cell.arrive()
+        try:
+            yield cell.batch
+        finally:
+            self._give_back(cell)
 
     def _warm(self, cell: CellPlan, warmers: ThreadPoolExecutor) -> None:
         for index in cell.clips.tolist():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -88,6 +89,10 @@ class TrainingLoader:
         finally:
             cells.close()
             ahead.close()
+
+    def cell(self, batch: GlobalBatch, cell: Indices) -> contextlib.AbstractContextManager[MicroBatch]:
+        """Read any clips of a global batch as a cell, at once; they are given by their places in it."""
+        return self.cell_loader.cell(self._plan_cell(batch, cell))
 
     def share(self, batch: GlobalBatch, world_size: int, budget: int) -> StepShare:
         """Work out who does what of a global batch, and the denominator of its sums."""

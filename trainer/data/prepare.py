@@ -15,7 +15,8 @@ from trainer.data.normalization import Normalization, from_moments
 from trainer.data.opening import OpenCorpus
 from trainer.data.table import Split, shared_ids
 from trainer.data.vocabulary import Vocabulary
-from trainer.errors import InputError
+from trainer.errors import InputError, name_some
+from trainer.randomness import clip_keys
 from trainer.recipe import CorpusRecipe
 
 Log = Callable[[str], None]
@@ -69,6 +70,7 @@ def prepare_corpus(
     train, dev, stored = ranks.together(lambda: _open_both(recipe, log))
     dim = train.feature_dim
     vocabulary = Vocabulary(train.table.all_glosses())
+    whole, train = train, _select(train, recipe, log)
     feasible, infeasible = _divide(train, total_stride)
     if not len(feasible):
         raise InputError(
@@ -87,7 +89,8 @@ def prepare_corpus(
     # between the machines' copies: one rank that must read makes all of them read.
     unread = stored is None and any(ranks.gather_objects(checked != files_hash))
     if unread or normalization is None:
-        moments, problems = scan_in_shares(train, ranks, recipe.num_workers)
+        # Over all frames of all training clips, so that neither is a property of what is left out.
+        moments, problems = scan_in_shares(train if recipe.overfit_clips else whole, ranks, recipe.num_workers)
         if dev is not train and unread:
             problems += scan_in_shares(dev, ranks, recipe.num_workers)[1]
         if problems:
@@ -108,6 +111,24 @@ def prepare_corpus(
         clips_hash=feasible.hash_clips(),
         files_hash=files_hash,
     )
+
+
+def _select(train: Split, recipe: CorpusRecipe, log: Log) -> Split:
+    """Leave out and cut the training clips that the recipe says, and say which."""
+    if recipe.skip_clips:
+        keys = clip_keys(recipe.skip_clips)
+        unknown = [name for name, key in zip(recipe.skip_clips, keys, strict=True) if key not in train.keys]
+        if unknown:
+            raise InputError(f"skip_clips: expected ids of training clips, found {name_some(unknown)}; correct them")
+        log(f"{len(keys)} training clips are left out, as --skip_clips says: {name_some(recipe.skip_clips)}")
+        train = train.choose(np.flatnonzero(~np.isin(train.keys, keys)))
+    if recipe.max_frames:
+        long = np.flatnonzero(train.num_frames > recipe.max_frames)
+        if len(long):
+            names = name_some([train.id(int(index)) for index in long[:11]])
+            log(f"{len(long)} training clips are cut to {recipe.max_frames} frames, as --max_frames says: {names}")
+        train = train.cut(recipe.max_frames)
+    return train
 
 
 def _divide(train: Split, total_stride: int) -> tuple[Split, list[str]]:

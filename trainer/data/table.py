@@ -90,12 +90,18 @@ class ClipTable(Protocol):
 class Split:
     """Some clips of a table, in their order; the columns are the table's where it is all of them."""
 
-    def __init__(self, table: ClipTable, rows: npt.NDArray[np.int64] | None = None) -> None:
+    def __init__(
+        self, table: ClipTable, rows: npt.NDArray[np.int64] | None = None, *, max_frames: int | None = None
+    ) -> None:
+        """Take the rows of a table (None: all), each clip cut to its first `max_frames`."""
         self.table = table
         self.rows = rows
+        self.max_frames = max_frames
         self.name, self.feature_dim, self.storage = table.split, table.feature_dim, table.storage
         chosen = slice(None) if rows is None else rows
         self.num_frames: Ints = table.num_frames[chosen]
+        if max_frames is not None:
+            self.num_frames = np.minimum(self.num_frames, max_frames)
         self.num_glosses: Ints = table.num_glosses[chosen]
         self.min_outputs: Ints = table.min_outputs[chosen]
         self.keys: UInt64s = table.keys[chosen]
@@ -122,7 +128,12 @@ class Split:
 
     def choose(self, indices: npt.NDArray[np.int64]) -> Split:
         """Return some of the clips, in this order."""
-        return Split(self.table, indices if self.rows is None else self.rows[indices])
+        rows = indices if self.rows is None else self.rows[indices]
+        return Split(self.table, rows, max_frames=self.max_frames)
+
+    def cut(self, max_frames: int) -> Split:
+        """Return the same clips with their first `max_frames` frames alone."""
+        return Split(self.table, self.rows, max_frames=max_frames)
 
     def feasible(self, total_stride: int) -> npt.NDArray[np.bool_]:
         """Tell of each clip whether CTC can emit its glosses in its output frames, `[N]`."""
@@ -131,7 +142,10 @@ class Split:
     def hash_clips(self) -> str:
         """Hash which clips there are, in their order, with their frames and glosses."""
         digests = self.table.digests if self.rows is None else self.table.digests[self.rows]
-        return hashlib.sha256(np.ascontiguousarray(digests, dtype="<u8").data).hexdigest()
+        found = hashlib.sha256(np.ascontiguousarray(digests, dtype="<u8").data)
+        if self.max_frames is not None:
+            found.update(f"cut to {self.max_frames}".encode())
+        return found.hexdigest()
 
     def stamp(self) -> str:
         """Tell the state of the clips' files apart from any other, without reading them."""
@@ -139,8 +153,14 @@ class Split:
 
     def read(self, index: int, buffer: Stored, *, verify: bool = False) -> Stored:
         """Return the stored values `[T, D]` of a clip, in `buffer` or where they were unpacked to."""
+        row, num_frames = self.row(index), len(buffer)
         try:
-            return self.table.read(self.row(index), buffer, verify=verify)
+            if num_frames == self.table.num_frames[row]:
+                return self.table.read(row, buffer, verify=verify)
+            # A record's checksum is that of all its frames.
+            whole = np.empty((int(self.table.num_frames[row]), *buffer.shape[1:]), buffer.dtype)
+            cut: Stored = self.table.read(row, whole, verify=verify)[:num_frames]
+            return cut
         except InputError as error:
             # The rank that has the clip is the only one to know.
             error.local = True

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from trainer.engine.precision import LossScale, PreciseModel, make_loss_scale
 from trainer.engine.processes import Processes
@@ -37,8 +39,13 @@ class Engine(abc.ABC):
 
     name: str
     """Backend, as a log names it."""
+    rung: str
+    """Backend, as the ladder of memory relief knows it."""
     communicates_in_passes = False
     """Whether forward and backward need the other ranks: then all of them must make the same passes in step."""
+
+    sends_in_last_pass = False
+    """Whether the last backward pass of a step already sends gradients to other ranks, beyond recall."""
 
     def __init__(self, processes: Processes, recipe: RunRecipe) -> None:
         self.processes = processes
@@ -48,11 +55,14 @@ class Engine(abc.ABC):
         self.on_main, self.together = processes.on_main, processes.together
         self.loss_scale: LossScale = make_loss_scale(recipe.mixed_precision)
         self._precision = recipe.mixed_precision
+        self._checkpoints_activations = recipe.activation_checkpointing
         self._wrapped: PreciseModel | None = None
 
     def prepare(self, model: nn.Module, recipe: OptimizationRecipe | None) -> None:
         """Take over a model whose weights are the same on every rank; without a recipe, for evaluation alone."""
         self._wrapped = PreciseModel(model.to(self.device), self._precision, self.device)
+        if self._checkpoints_activations:
+            checkpoint_activations(self._wrapped.blocks())
         self._prepare(self._wrapped, recipe)
 
     @property
@@ -72,6 +82,9 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def backward(self, loss_sum: Tensor, denominator: float, *, is_last: bool) -> None:
         """Add the gradient of `loss_sum / denominator` to that of the global batch; `is_last` of this step."""
+
+    def end_passes(self) -> None:  # noqa: B027
+        """Send what the last pass would have sent, if it broke off; every rank calls this before it shares anything."""
 
     @abc.abstractmethod
     def forget_passes(self) -> None:
@@ -108,6 +121,14 @@ class Engine(abc.ABC):
     def close(self) -> None:
         """Leave the process group."""
         self.processes.close()
+
+
+def checkpoint_activations(blocks: list[nn.Module]) -> None:
+    """Let blocks keep their inputs alone until the backward pass computes the rest again (Chen et al. 2016)."""
+    for block in blocks:
+        # The call of the module, and with it the hooks of a backend that gathers its weights, stays outside. Dropout
+        # draws from no generator, so that there is no state to restore.
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def named_slots(slots: State) -> Iterator[tuple[str, str, Tensor]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 from trainer.engine.configuration import Launch, read_launch
 from trainer.engine.engine import Engine
@@ -10,6 +12,8 @@ from trainer.engine.precision import check_precision
 from trainer.engine.processes import Processes
 from trainer.engine.replicated import ReplicatedEngine
 from trainer.recipe import Recipe
+
+_BACKEND_VARIABLES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION")
 
 
 def open_engine(recipe: Recipe) -> Engine:
@@ -19,10 +23,21 @@ def open_engine(recipe: Recipe) -> Engine:
     or needs what this machine lacks.
     """
     launch = read_launch(os.environ, recipe)
-    launch.hide_from_accelerate()
-    processes = Processes(recipe.run)
+    with _hidden_from_accelerate():
+        processes = Processes(recipe.run)
     check_precision(recipe.run.mixed_precision, processes.device)
     return _open(launch, processes, recipe)
+
+
+@contextlib.contextmanager
+def _hidden_from_accelerate() -> Iterator[None]:
+    """Keep accelerate from setting the backend up itself: it is asked for the processes alone."""
+    hidden = {name: os.environ.pop(name) for name in _BACKEND_VARIABLES if name in os.environ}
+    try:
+        yield
+    finally:
+        # A run that starts itself again must find them.
+        os.environ |= hidden
 
 
 def _open(launch: Launch, processes: Processes, recipe: Recipe) -> Engine:

@@ -6,6 +6,7 @@ import os
 import random
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,6 +21,8 @@ from trainer.recipe import RunRecipe
 
 Result = TypeVar("Result")
 
+ATTEMPT = "SIGNSCALE_ATTEMPT"
+"""Environment variable that counts how often the processes of a launch have started themselves again."""
 _EXPECTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
@@ -33,6 +36,7 @@ class Processes:
         if recipe.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
+        meet_again()
         self._accelerator = Accelerator(cpu=runs_on_cpu(), step_scheduler_with_optimizer=False)
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
@@ -110,6 +114,35 @@ class Processes:
     def close(self) -> None:
         """Leave the process group."""
         self._accelerator.end_training()
+
+
+def attempt() -> int:
+    """Count how often this launch's processes have started themselves again."""
+    return int(os.environ.get(ATTEMPT, "0"))
+
+
+def meeting_store(name: str, *, may_serve: bool = False) -> dist.Store:
+    """Connect anew to the store in which the ranks met; what an earlier attempt left there is out of sight."""
+    serves = may_serve and os.environ.get("RANK") == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=serves,
+        wait_for_workers=False,
+        timeout=timedelta(minutes=5),
+    )
+    return dist.PrefixStore(f"{name}_{attempt()}", store)
+
+
+def meet_again() -> None:
+    """Join the ranks of a run that started itself again: torch would read what the last attempt wrote of them."""
+    if attempt() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group(
+            "gloo" if runs_on_cpu() else "nccl",
+            store=meeting_store("ranks", may_serve=True),
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+        )
 
 
 def runs_on_cpu() -> bool:

@@ -52,14 +52,17 @@ class FlatGradients:
         self._missing = list(self._first_missing)
         self._sent, self._listening = 0, self._world_size > 1
 
-    def finish(self) -> None:
-        """Send what was not sent yet, and wait for all chunks of all ranks."""
+    def send_rest(self) -> None:
+        """Send what was not sent yet, whatever it holds."""
         if self._world_size > 1:
             if not self._listening:
                 self.listen()
             self._send(len(self._chunks))
-            for work in self._pending:
-                work.wait()
+
+    def finish(self) -> None:
+        """Wait for all chunks of all ranks."""
+        for work in self._pending:
+            work.wait()
         self._pending, self._listening = [], False
 
     def zero(self) -> None:
@@ -90,6 +93,12 @@ class ReplicatedEngine(Engine):
     """One process, or several that hold the whole model each."""
 
     name = "data parallel"
+    rung = "replicated"
+
+    @property
+    def sends_in_last_pass(self) -> bool:  # type: ignore[override]
+        """Tell whether there is another rank to send gradients to."""
+        return self.world_size > 1
 
     def _prepare(self, model: PreciseModel, recipe: OptimizationRecipe | None) -> None:
         self._model = model
@@ -111,6 +120,10 @@ class ReplicatedEngine(Engine):
         if is_last:
             self._gradients.listen()
         (loss_sum * (self.loss_scale.value / denominator)).backward()
+
+    def end_passes(self) -> None:
+        """Send the chunks that a pass which broke off has left."""
+        self._gradients.send_rest()
 
     def forget_passes(self) -> None:
         """Forget this rank's passes of the step so far."""

@@ -27,6 +27,7 @@ class ShardedEngine(Engine):
         super().__init__(processes, recipe)
         self._offload, self._reshard = offload, reshard
         self.name = "FSDP2" + (", on the host" if offload else "")
+        self.rung = "fsdp2" + ("_offload" if offload else "")
 
     def _prepare(self, model: PreciseModel, recipe: OptimizationRecipe | None) -> None:
         self._model: Any = model

@@ -1,8 +1,9 @@
 """DeepSpeed's ZeRO: optimizer states, and from stage 3 on the weights, lie in parts on the ranks.
 
-DeepSpeed is driven below its own notion of accumulation: with `managed_gradient_accumulation` off every backward pass
-only adds up on this rank (stages 1 and 2) and `step` is the boundary, whatever the number of passes. Stage 3
-communicates in every pass.
+DeepSpeed is driven below its own notion of accumulation. Under stages 1 and 2 passes go past its engine: gradients add
+up on this rank, whatever the number of passes and however often one of them broke off, and one coalesced reduction
+follows at the update. By itself stage 2 reduces in every pass, beyond recall. Stage 3 communicates in every pass in any
+case; there `managed_gradient_accumulation` is off, so that `step` is the boundary.
 """
 
 from __future__ import annotations
@@ -31,18 +32,27 @@ class ZeroEngine(Engine):
         self.stage = int(config["zero_optimization"]["stage"])
         offload = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
         self.name = f"ZeRO-{self.stage}" + ("" if offload == "none" else f", optimizer on {offload}")
+        self.rung = f"zero{self.stage}" + ("" if offload == "none" else "_offload")
         self.communicates_in_passes = self.stage == 3
 
     def _prepare(self, model: PreciseModel, recipe: OptimizationRecipe | None) -> None:
         deepspeed = import_deepspeed()
         if recipe is None:
             self._deepspeed: Any = model
+            self._plain = model
             return
         optimizer = make_optimizer(model.model, recipe)
-        config = {**self._config, "gradient_clipping": float(recipe.gradient_clip)}
+        config = {
+            **self._config,
+            "gradient_clipping": float(recipe.gradient_clip),
+            "managed_gradient_accumulation": not self.communicates_in_passes,
+        }
+        self._plain = model
         self._deepspeed, self._zero, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
+        if not self.communicates_in_passes:
+            self._zero._coalesce_grad_reduction = True
         self._forced = False
         original = self._zero.has_overflow
         # All ranks skip where one of them says so, by DeepSpeed's own way of skipping.
@@ -50,14 +60,18 @@ class ZeroEngine(Engine):
 
     def forward(self, features: Tensor, layout: TimeLayout) -> Tensor:
         """Return float32 logits `[M, V]` of a micro-batch."""
-        logits: Tensor = self._deepspeed(features, layout)
+        logits: Tensor = (self._deepspeed if self.communicates_in_passes else self._plain)(features, layout)
         return logits
 
     def backward(self, loss_sum: Tensor, denominator: float, *, is_last: bool) -> None:
         """Add the gradient of `loss_sum / denominator` to that of the global batch."""
         # DeepSpeed averages over ranks; the sum wants them added. It applies its own loss scale, which is ours.
         self._zero.loss_scaler.cur_scale = self.loss_scale.value
-        self._deepspeed.backward(loss_sum * (self.world_size / denominator))
+        loss = loss_sum * (self.world_size / denominator)
+        if self.communicates_in_passes:
+            self._deepspeed.backward(loss)
+        else:
+            (loss * self.loss_scale.value).backward()
 
     def forget_passes(self) -> None:
         """Forget this rank's passes of the step so far."""
@@ -77,7 +91,11 @@ class ZeroEngine(Engine):
         """Sum the gradient over ranks, clip it, and step, or skip if it is not finite."""
         for group in self._zero.param_groups:
             group["lr"] = learning_rate
+        if not self.communicates_in_passes:
+            with self._deepspeed.coalesce_grad_reduction():
+                pass
         self._deepspeed.step()
+        self._zero._coalesce_grad_reduction = not self.communicates_in_passes
         applied = not bool(self._zero.overflow)
         norm = float(self._deepspeed.get_global_grad_norm()) if applied else math.inf
         self.loss_scale.update(overflowed=not applied)

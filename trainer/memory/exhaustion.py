@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 
 import torch
 
@@ -27,3 +28,18 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def memory_figures(device: torch.device) -> dict[str, float]:
+    """Return what this process holds, in 10^6 bytes: of the device on CUDA, resident on a CPU."""
+    if device.type == "cuda":
+        return {
+            "memory/allocated_mb": torch.cuda.memory_allocated(device) / 1e6,
+            "memory/reserved_mb": torch.cuda.memory_reserved(device) / 1e6,
+            "memory/peak_mb": torch.cuda.max_memory_allocated(device) / 1e6,
+        }
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return {
+        "memory/resident_mb": int(status["VmRSS"].split()[0]) * 1024 / 1e6,
+        "memory/peak_mb": int(status["VmHWM"].split()[0]) * 1024 / 1e6,
+    }

@@ -1,0 +1,67 @@
+"""Train as `trainer.train` does, with memory that runs out where the environment says.
+
+SHORTAGES: JSON list of {"rank", "stage": forward | backward | validation, "calls": [numbers] or "all", "above": clips,
+"first_attempt_only"}: the calls of that stage on that rank, counted from 0 over the process, in which memory runs out
+if the cell has more clips than `above`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import torch
+
+import trainer.train
+from trainer.engine import Engine
+from trainer.errors import exit_on_input_error
+
+
+def main() -> int:
+    """Patch the engine's passes, then train."""
+    counts = {"forward": 0, "backward": 0, "validation": 0}
+    plans = json.loads(os.environ["SHORTAGES"])
+    once = os.environ.get("SIGNSCALE_RUNGS")
+    clips = {"now": 0}
+
+    def run_out(stage: str, rank: int) -> None:
+        number = counts[stage]
+        counts[stage] += 1
+        for plan in plans:
+            if plan["rank"] != rank or plan["stage"] != stage or (once and plan.get("first_attempt_only")):
+                continue
+            if (plan["calls"] == "all" or number in plan["calls"]) and clips["now"] > plan.get("above", 0):
+                raise torch.OutOfMemoryError(f"injected in call {number} of {stage}")
+
+    def patch(kind: type[Engine]) -> None:
+        forward, backward = kind.forward, kind.backward
+
+        def short_forward(self: Any, features: torch.Tensor, layout: Any) -> torch.Tensor:
+            clips["now"] = len(layout.output_lengths) if layout.length > 8 else 0
+            run_out("forward" if torch.is_grad_enabled() else "validation", self.rank)
+            return forward(self, features, layout)
+
+        def short_backward(self: Any, loss_sum: torch.Tensor, denominator: float, *, is_last: bool) -> None:
+            # In the middle of the pass: the gradient of the logits is there, that of the weights is not.
+            handle = next(reversed(list(self.module.blocks()[0].parameters()))).register_hook(
+                lambda gradient: run_out("backward", self.rank)
+            )
+            try:
+                backward(self, loss_sum, denominator, is_last=is_last)
+            finally:
+                handle.remove()
+
+        kind.forward, kind.backward = short_forward, short_backward  # type: ignore[method-assign, assignment]
+
+    from trainer.engine.replicated import ReplicatedEngine
+    from trainer.engine.sharded import ShardedEngine
+    from trainer.engine.zero import ZeroEngine
+
+    for kind in (ReplicatedEngine, ShardedEngine, ZeroEngine):
+        patch(kind)
+    return trainer.train.main()
+
+
+if __name__ == "__main__":
+    exit_on_input_error(main)

@@ -1,0 +1,162 @@
+"""This rank's passes of a step, and their relief where memory runs out.
+
+Where passes need no other rank, a cell that does not fit is halved and done again: what it added to the gradient is
+forgotten together with what this rank had before it, since a backward pass that broke off has added some of its part.
+The one place where that cannot be undone is the last backward pass, while its gradient is already on its way to the
+other ranks: then all of them discard the step and repeat it, with smaller cells.
+
+Where passes communicate, all ranks make the same passes, and a pass that breaks off inside leaves the others waiting.
+There, memory is reserved before a pass and the split agreed by all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from trainer.data.batch import MicroBatch
+from trainer.data.loader import StepShare
+from trainer.engine import Engine
+from trainer.memory.exhaustion import free_memory, is_exhaustion
+from trainer.objectives.ctc import ctc_objective
+
+Cell = npt.NDArray[np.int64]
+
+_FORWARD, _BACKWARD = "forward", "backward"
+
+
+class BrokenPassError(Exception):
+    """A pass that other ranks take part in ran out of memory: no rank can go on with this step."""
+
+
+@dataclass
+class Passes:
+    """What this rank's passes of one step came to."""
+
+    engine: Engine
+    share: StepShare
+    reload: Callable[[Cell], MicroBatch]
+    """Reads a cell again, given its places in the global batch; valid until the next call."""
+    label_smoothing: float
+    reserve: Callable[[int], bool] | None = None
+    """Tells whether memory for a cell of this many frames can be had; None where nobody knows what that takes."""
+
+    def __post_init__(self) -> None:
+        self.waited = 0.0
+        self.shortages = 0
+        """Times that memory ran out."""
+        self.incomplete = False
+        """Whether the last pass broke off while its gradient was on its way."""
+        self.misfit: int | None = None
+        """Place in the global batch of a clip that does not fit even alone."""
+        self._losses: list[Tensor] = []
+        self._clips: list[tuple[int, ...]] = []
+
+    def run(self, cells: Iterator[MicroBatch]) -> None:
+        """Make all passes of this rank's cells, which `cells` yields in the order of the allotment."""
+        own = self.share.allotment.cells(self.engine.rank)
+        if self.engine.communicates_in_passes:
+            self._run_in_step(deque(own), cells)
+        else:
+            self._run_freely(deque((cell, True) for cell in own), cells)
+        self.engine.end_passes()
+
+    def losses(self) -> tuple[float, tuple[int, ...]]:
+        """Return the sum of the losses and the clips of micro-batches whose loss is not finite."""
+        if not self._losses:
+            return 0.0, ()
+        values = torch.stack(self._losses).double().cpu()
+        suspects = [
+            clip for value, part in zip(values, self._clips, strict=True) if not torch.isfinite(value) for clip in part
+        ]
+        return float(values.sum()), tuple(suspects)
+
+    def _run_freely(self, todo: deque[tuple[Cell, bool]], cells: Iterator[MicroBatch]) -> None:
+        done: list[Cell] = []
+        while todo:
+            cell, is_first_try = todo.popleft()
+            broke = self._pass(self._load(cell, cells if is_first_try else None), is_last=not todo)
+            if broke is None:
+                done.append(cell)
+                continue
+            self.shortages += 1
+            free_memory()
+            halves = halve(cell, self.share.allotment.costs)
+            if broke == _BACKWARD and not todo and self.engine.sends_in_last_pass:
+                self.incomplete = True
+                self.misfit = int(cell[0]) if len(halves) == 1 else None
+                return
+            if len(halves) == 1 and not is_first_try:
+                self.misfit = int(cell[0])
+                return
+            if broke == _BACKWARD:
+                self.engine.forget_passes()
+                self._losses.clear()
+                self._clips.clear()
+                halves, done = [*done, *halves], []
+            todo.extendleft((half, False) for half in reversed(halves))
+
+    def _run_in_step(self, own: deque[Cell], cells: Iterator[MicroBatch]) -> None:
+        originals = len(own)
+        todo = deque((cell, place < originals) for place, cell in enumerate(own))
+        while True:
+            cell, is_first_try = todo.popleft() if todo else (np.empty(0, dtype=np.int64), False)
+            batch = self._load(cell, cells if is_first_try else None)
+            if self.reserve is not None:
+                if len(cell) and not self.reserve(batch.layout.length):
+                    self.shortages += 1
+                    halves = halve(cell, self.share.allotment.costs)
+                    if len(halves) == 1:
+                        self.misfit = int(cell[0])
+                    todo.extendleft((half, False) for half in reversed(halves) if len(halves) > 1)
+                    batch = self.reload(np.empty(0, dtype=np.int64))
+                more = bool(self.engine.all_reduce(torch.tensor([float(bool(todo))])).item())
+            else:
+                more = bool(todo)
+            if self._pass(batch, is_last=not more) is not None:
+                raise BrokenPassError(f"{batch.layout.length} frames in {len(batch.clips)} clips")
+            if not more:
+                return
+
+    def _load(self, cell: Cell, cells: Iterator[MicroBatch] | None) -> MicroBatch:
+        asked = time.perf_counter()
+        batch = self.reload(cell) if cells is None else next(cells)
+        self.waited += time.perf_counter() - asked
+        return batch
+
+    def _pass(self, cell: MicroBatch, *, is_last: bool) -> str | None:
+        """Go forward and backward; return where memory ran out, if it did."""
+        stage = _FORWARD
+        try:
+            logits = self.engine.forward(cell.features, cell.layout)
+            loss_sum = ctc_objective(
+                logits, cell.layout.output_lengths, cell.labels, cell.partner_labels, self.label_smoothing
+            )
+            stage = _BACKWARD
+            self.engine.backward(loss_sum, self.share.denominator, is_last=is_last)
+        except Exception as error:
+            if not is_exhaustion(error):
+                raise
+            # The traceback holds the tensors of the pass; it goes with this frame's exception.
+            return stage
+        # Left on the device: asking for the number would wait for the pass to end, and the next one would begin late.
+        self._losses.append(loss_sum.detach())
+        self._clips.append(cell.clips)
+        return None
+
+
+def halve(cell: Cell, costs: npt.NDArray[np.int64]) -> list[Cell]:
+    """Cut a cell into two of near-equal cost; a single clip stays as it is."""
+    if len(cell) < 2:
+        return [cell]
+    sums = np.cumsum(costs[cell])
+    cut = int(np.searchsorted(sums, sums[-1] / 2)) + 1
+    cut = min(max(cut, 1), len(cell) - 1)
+    return [cell[:cut], cell[cut:]]

@@ -1,0 +1,113 @@
+"""Relief from memory that ran out: the budget lowered, an event in the log, or the run started again one rung lower."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+from trainer.checkpoint.content import RunState
+from trainer.data.batch import MicroBatch
+from trainer.data.loader import StepShare, TrainingLoader
+from trainer.engine import Engine
+from trainer.errors import TrainingFailedError
+from trainer.files import write_json
+from trainer.memory.budget import FrameBudget
+from trainer.memory.exhaustion import memory_figures
+from trainer.memory.ladder import Descent, Rung, Watch, next_rung, rungs_taken
+from trainer.observe.trackers import Tracker
+from trainer.passes import Cell
+from trainer.recipe import Recipe
+
+EVENTS = "relief.json"
+_OPTIONS = (
+    "cut long clips (--max_frames), leave it out aloud (--skip_clips ID), or take a GPU with more memory; every way to "
+    "need less memory was tried"
+)
+
+
+class Relief:
+    """What a run does about memory, on all ranks alike."""
+
+    def __init__(self, engine: Engine, recipe: Recipe, trackers: Sequence[Tracker], say: Callable[[str], None]) -> None:
+        """Go on below the rungs that this launch has come down already, and log the last one."""
+        self._engine, self._recipe, self._trackers, self._say = engine, recipe, trackers, say
+        self._taken = rungs_taken()
+        self._watch = Watch(engine.world_size)
+        if self._taken and engine.is_main:
+            rung = self._taken[-1]
+            say(f"started again: {rung.reason}; now with {rung.name} ({engine.name})")
+            self._record({"event": "started_again", "rung": rung.name, "reason": rung.reason}, step=0, epoch=0)
+
+    def note_shortage(self, memory: FrameBudget, shortages: int, state: RunState) -> None:
+        """Lower the budget after a step in which memory ran out; the step itself was made all the same."""
+        before = memory.value
+        memory.lower()
+        self._say(
+            f"step {state.step}: memory ran out {shortages} time(s), cells were halved; the budget goes from {before} "
+            f"to {memory.value} frames"
+        )
+        if self._engine.is_main:
+            event = {"event": "out_of_memory", "shortages": shortages, "budget": memory.value}
+            self._record(event, step=state.step, epoch=state.epoch)
+
+    def descend_together(self, memory: FrameBudget, reason: str) -> NoReturn:
+        """End this attempt on all ranks, to start again one rung lower; all of them know the reason."""
+        raise Descent(self._next(memory, reason, alone=True))
+
+    def descend_alone(self, memory: FrameBudget, reason: str) -> NoReturn:
+        """Start all ranks again from the newest checkpoint: they wait for this one, and cannot be asked."""
+        self._watch.announce(self._next(memory, reason, alone=False))
+
+    def close(self) -> None:
+        """Stop listening to other ranks."""
+        self._watch.close()
+
+    def _next(self, memory: FrameBudget, reason: str, *, alone: bool) -> Rung:
+        taken = [rung.name for rung in self._taken]
+        if alone:
+            # A single clip is what did not fit: a smaller budget does not cut it.
+            taken.append("smaller budget")
+        rung = next_rung(
+            backend=self._engine.rung,
+            activation_checkpointing=self._recipe.run.activation_checkpointing,
+            world_size=self._engine.world_size,
+            budget=memory.value,
+            floor=memory.floor,
+            taken=taken,
+        )
+        if rung is None:
+            raise TrainingFailedError(f"{reason}; {_OPTIONS}")
+        return Rung(name=rung.name, flags=rung.flags, environment=rung.environment, reason=reason)
+
+    def _record(self, event: dict[str, Any], *, step: int, epoch: int) -> None:
+        """Write an event with the memory's figures to the log and to the run directory."""
+        line = {"step": step, "epoch": epoch, **event, **memory_figures(self._engine.device)}
+        for tracker in self._trackers:
+            tracker.log(line)
+        path = Path(self._recipe.run.output_dir) / EVENTS
+        earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        write_json(path, [*earlier, line])
+
+
+class Reload:
+    """Reads cells of a step again, one at a time; the buffer of the last one goes back before the next is read."""
+
+    def __init__(self, loader: TrainingLoader, share: StepShare) -> None:
+        self._loader, self._share = loader, share
+        self._held = contextlib.ExitStack()
+
+    def __enter__(self) -> Reload:
+        return self
+
+    def __call__(self, cell: Cell) -> MicroBatch:
+        self._held.close()
+        return self._held.enter_context(self._loader.cell(self._share.batch, cell))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._held.close()
