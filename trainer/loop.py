@@ -294,13 +294,16 @@ class TrainingRun:
         return metrics
 
     def _evaluate(self, loader: EvaluationLoader) -> Evaluation | None:
-        return evaluate(
-            self.engine,
-            loader,
-            budget=self.memory.value,
-            protocol=self.recipe.run.protocol,
-            stop_requested=lambda: self.stop.requested,
-        )
+        try:
+            return evaluate(
+                self.engine,
+                loader,
+                budget=self.memory.value,
+                protocol=self.recipe.run.protocol,
+                stop_requested=lambda: self.stop.requested,
+            )
+        except BrokenPassError as error:
+            self.relief.descend_alone(self.memory, f"a validation pass of {error} ran out of memory")
 
     def _log(self, extra: dict[str, Any]) -> None:
         """Write one line: the means since the last one, and `extra`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, overload
 
@@ -13,7 +13,9 @@ import torch
 from trainer.data.batch import MicroBatch
 from trainer.data.loader import EvaluationLoader
 from trainer.engine import Engine
+from trainer.memory.exhaustion import free_memory, is_exhaustion
 from trainer.objectives.ctc import ctc_losses, float32_log_probs
+from trainer.passes import BrokenPassError
 from trainer.scoring.decoding import Emission, best_path
 from trainer.scoring.protocols import Protocol, score
 from trainer.scoring.wer import WerCounts
@@ -81,21 +83,22 @@ def evaluate(
             if stop_requested is not None and engine.all_reduce(torch.tensor([int(stop_requested())])).item():
                 engine.training(True)
                 return None
-            decoded, clip_losses, has_loss = _run_cell(engine, cell)
-            if not cell.clips:
-                # A stand-in: its pass kept the ranks in step, where passes communicate.
-                continue
-            losses.add(clip_losses[has_loss])
-            for index, labels in zip(cell.clips, decoded, strict=True):
-                seen[index] += 1
-                frames += len(labels)
-                blanks += int((labels == 0).sum())
-                emissions[index] = list(best_path(labels))
-            references = [clips.glosses(index) for index in cell.clips]
-            hypotheses = [
-                loader.vocabulary.decode(emission.label for emission in emissions[index]) for index in cell.clips
-            ]
-            counts = counts + score(references, hypotheses, protocol)
+            for part in _decode(engine, loader, cell):
+                if not part.cell.clips:
+                    # A stand-in: its pass kept the ranks in step, where passes communicate.
+                    continue
+                losses.add(part.losses)
+                for index, labels in zip(part.cell.clips, part.labels, strict=True):
+                    seen[index] += 1
+                    frames += len(labels)
+                    blanks += int((labels == 0).sum())
+                    emissions[index] = list(best_path(labels))
+                references = [clips.glosses(index) for index in part.cell.clips]
+                hypotheses = [
+                    loader.vocabulary.decode(emission.label for emission in emissions[index])
+                    for index in part.cell.clips
+                ]
+                counts = counts + score(references, hypotheses, protocol)
     engine.training(True)
     sums = [frames, blanks, losses.clips, losses.not_finite, losses.total]
     vector = torch.tensor([*counts.as_vector(), *sums, *seen.tolist()], dtype=torch.int64)
@@ -129,13 +132,43 @@ class _LossSum:
         self.total += int((finite / self.UNIT).round().long().sum())
 
 
-def _run_cell(engine: Engine, cell: MicroBatch) -> tuple[list[np.ndarray], torch.Tensor, torch.Tensor]:
-    """Return the best class of each frame clip by clip, the loss per gloss of each clip, and which clips have one."""
-    logits = engine.forward(cell.features, cell.layout)
-    log_probs = float32_log_probs(logits)
+@dataclass(frozen=True, kw_only=True)
+class _Decoded:
+    """The best class of each frame, clip by clip, and the losses per gloss of the clips that have one."""
+
+    cell: MicroBatch
+    labels: list[np.ndarray]
+    losses: torch.Tensor
+
+
+def _decode(engine: Engine, loader: EvaluationLoader, cell: MicroBatch) -> Iterator[_Decoded]:
+    """Decode a cell, in halves where memory runs out."""
+    decoded = _try_cell(engine, cell)
+    if decoded is not None:
+        yield decoded
+        return
+    free_memory()
+    if engine.communicates_in_passes or len(cell.clips) < 2:
+        raise BrokenPassError(f"{cell.layout.length} frames in {len(cell.clips)} clips of {loader.split.name}")
+    half = len(cell.clips) // 2
+    for clips in (cell.clips[:half], cell.clips[half:]):
+        with loader.cell(np.array(clips)) as smaller:
+            yield from _decode(engine, loader, smaller)
+
+
+def _try_cell(engine: Engine, cell: MicroBatch) -> _Decoded | None:
+    """Decode a cell; None if memory ran out."""
+    try:
+        logits = engine.forward(cell.features, cell.layout)
+        losses = ctc_losses(float32_log_probs(logits), cell.layout.output_lengths, cell.labels).cpu().double()
+        best = logits.argmax(dim=-1).cpu().numpy()
+    except Exception as error:
+        if not is_exhaustion(error):
+            raise
+        return None
     has_loss = cell.labels.weights.cpu() > 0
-    losses = ctc_losses(log_probs, cell.layout.output_lengths, cell.labels).cpu().double()
-    losses = losses / cell.labels.lengths
-    best = logits.argmax(dim=-1).cpu().numpy()
-    ends = np.cumsum(cell.layout.output_lengths)
-    return np.split(best, ends[:-1]), losses, has_loss
+    return _Decoded(
+        cell=cell,
+        labels=np.split(best, np.cumsum(cell.layout.output_lengths)[:-1]),
+        losses=(losses / cell.labels.lengths)[has_loss],
+    )

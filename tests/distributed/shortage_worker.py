@@ -23,36 +23,38 @@ def main() -> int:
     counts = {"forward": 0, "backward": 0, "validation": 0}
     plans = json.loads(os.environ["SHORTAGES"])
     once = os.environ.get("SIGNSCALE_RUNGS")
-    clips = {"now": 0}
 
-    def run_out(stage: str, rank: int) -> None:
+    def run_out(stage: str, rank: int, size: int) -> None:
         number = counts[stage]
         counts[stage] += 1
         for plan in plans:
             if plan["rank"] != rank or plan["stage"] != stage or (once and plan.get("first_attempt_only")):
                 continue
-            if (plan["calls"] == "all" or number in plan["calls"]) and clips["now"] > plan.get("above", 0):
+            if (plan["calls"] == "all" or number in plan["calls"]) and size > plan.get("above", 0):
                 raise torch.OutOfMemoryError(f"injected in call {number} of {stage}")
 
     def patch(kind: type[Engine]) -> None:
-        forward, backward = kind.forward, kind.backward
+        forward = kind.forward
 
         def short_forward(self: Any, features: torch.Tensor, layout: Any) -> torch.Tensor:
-            clips["now"] = len(layout.output_lengths) if layout.length > 8 else 0
-            run_out("forward" if torch.is_grad_enabled() else "validation", self.rank)
-            return forward(self, features, layout)
+            size = len(layout.output_lengths) if layout.length > 8 else 0
+            if not torch.is_grad_enabled():
+                run_out("validation", self.rank, size)
+                return forward(self, features, layout)
+            run_out("forward", self.rank, size)
+            blocks = self.module.blocks()
 
-        def short_backward(self: Any, loss_sum: torch.Tensor, denominator: float, *, is_last: bool) -> None:
-            # In the middle of the pass: the gradient of the logits is there, that of the weights is not.
-            handle = next(reversed(list(self.module.blocks()[0].parameters()))).register_hook(
-                lambda gradient: run_out("backward", self.rank)
-            )
+            def watch(module: Any, inputs: Any, output: torch.Tensor) -> None:
+                # In the middle of the backward pass: some weights have their gradient, others do not.
+                output.register_hook(lambda gradient: run_out("backward", self.rank, size))
+
+            handle = blocks[len(blocks) // 2].register_forward_hook(watch)
             try:
-                backward(self, loss_sum, denominator, is_last=is_last)
+                return forward(self, features, layout)
             finally:
                 handle.remove()
 
-        kind.forward, kind.backward = short_forward, short_backward  # type: ignore[method-assign, assignment]
+        kind.forward = short_forward  # type: ignore[method-assign]
 
     from trainer.engine.replicated import ReplicatedEngine
     from trainer.engine.sharded import ShardedEngine

@@ -206,6 +206,10 @@ class EvaluationLoader:
         allotment = allot(slot_frames(self.num_frames, self.total_stride), world_size=world_size, budget=budget)
         return self.cell_loader.cells(allotment.cells(rank), self._plan_cell)
 
+    def cell(self, clips: Indices) -> contextlib.AbstractContextManager[MicroBatch]:
+        """Read any clips of the split as a cell, at once."""
+        return self.cell_loader.cell(self._plan_cell(clips))
+
     def _plan_cell(self, cell: Indices) -> CellPlan:
         if not len(cell):
             return idle_cell(self.total_stride)
