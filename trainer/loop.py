@@ -144,6 +144,8 @@ class TrainingRun:
             self.state.epoch, self.state.position = self.state.epoch + 1, 0
         if outcome.applied:
             self.skips_in_a_row = 0
+        elif outcome.overflowed:
+            self._report_overflow(share)
         else:
             self._report_skip(outcome)
         return outcome, rate
@@ -364,6 +366,25 @@ class TrainingRun:
                 f"{self.skips_in_a_row} steps in a row had a gradient that is not finite (clips of the last: {names}; "
                 f"all in {path}); lower --learning_rate, or look at these clips"
             )
+
+    def _report_overflow(self, share: StepShare) -> None:
+        """Say that the loss scale was too large for a step; give up when there is none left that fits."""
+        self.state.skipped_steps += 1
+        scale = self.engine.loss_scale
+        self.progress.say(
+            f"step {self.state.step}: fp16 gradient overflowed, skipped; the loss scale is {scale.value:g}"
+        )
+        if not scale.collapsed:
+            return
+        cell = share.allotment.cells(self.engine.rank)[0]
+        with Reload(self.loader, share) as reload:
+            where = self.engine.first_overflow(reload(cell))
+        found = [name for name in self.engine.gather_objects(where) if name]
+        place = f"the first overflow appears in {found[0]}" if found else "the forward pass does not overflow"
+        raise TrainingFailedError(
+            f"the fp16 loss scale collapsed (below 1): {place}; use --mixed_precision bf16 or no, or lower "
+            "--learning_rate (the last checkpoint is sound)"
+        )
 
     def _summary(self, reason: str) -> str:
         state, run = self.state, self.recipe.run

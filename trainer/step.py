@@ -22,6 +22,8 @@ class StepOutcome:
     loss: float
     grad_norm: float
     applied: bool
+    overflowed: bool
+    """Whether the step was skipped because its gradient was too large for fp16 at the loss scale."""
     stop_requested: bool
     wait_seconds: float
     seconds: float
@@ -84,6 +86,7 @@ def train_step(
         loss=loss_sum / share.denominator,
         grad_norm=update.grad_norm,
         applied=update.applied,
+        overflowed=not update.applied and engine.loss_scale.is_dynamic and math.isinf(update.grad_norm),
         stop_requested=stops > 0,
         wait_seconds=wait_seconds,
         seconds=seconds,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trainer.engine.precision import LossScale, PreciseModel, make_loss_scale
+from trainer.data.batch import MicroBatch
+from trainer.engine.precision import LossScale, PreciseModel, make_loss_scale, watch_overflow
 from trainer.engine.processes import Processes
 from trainer.layout import TimeLayout
 from trainer.recipe import OptimizationRecipe, RunRecipe
@@ -25,7 +26,7 @@ class Update:
     """What became of a step's gradient, on all ranks alike."""
 
     grad_norm: float
-    """Norm of the global gradient before clipping."""
+    """Norm of the global gradient before clipping; infinite if it was not finite."""
     applied: bool
     """False: it was not finite, and the step was skipped."""
 
@@ -112,6 +113,13 @@ class Engine(abc.ABC):
 
         All ranks pass it whole; the weights came with the model that was prepared.
         """
+
+    def first_overflow(self, cell: MicroBatch) -> str:
+        """Name the first module whose output is not finite on a cell; empty if there is none. All ranks must ask."""
+        found: list[str] = []
+        with torch.no_grad(), watch_overflow(self.module, found):
+            self.forward(cell.features, cell.layout)
+        return found[0] if found else ""
 
     def training(self, mode: bool) -> None:
         """Switch the model to training or to evaluation."""

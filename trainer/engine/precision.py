@@ -6,7 +6,8 @@ a recipe in bf16 or fp16 does not depend on the backend either. Logits leave in 
 
 from __future__ import annotations
 
-import math
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,6 +61,9 @@ class LossScale:
     growth_factor: float = 2.0
     backoff_factor: float = 0.5
 
+    is_dynamic = True
+    """Whether there is a scale to adapt."""
+
     def update(self, *, overflowed: bool) -> None:
         """Note a step."""
         if overflowed:
@@ -87,6 +91,8 @@ class LossScale:
 
 class NoLossScale(LossScale):
     """The scale of float32 and bf16, whose range needs none."""
+
+    is_dynamic = False
 
     def __init__(self) -> None:
         super().__init__(value=1.0)
@@ -120,30 +126,21 @@ def check_precision(precision: Precision, device: torch.device) -> None:
         )
 
 
-def first_overflow(model: nn.Module, batch: Any) -> str:
-    """Name the first module whose output is not finite in a forward pass; empty if there is none."""
-    found: list[str] = []
+@contextlib.contextmanager
+def watch_overflow(model: nn.Module, found: list[str]) -> Iterator[None]:
+    """Note the names of modules whose output is not finite, in the order of the passes inside this context."""
 
-    def watch(name: str) -> Any:
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def look(module: nn.Module, inputs: Any, output: Any) -> None:
             tensors = output if isinstance(output, tuple) else (output,)
-            if not found and any(
-                isinstance(t, Tensor) and t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in tensors
-            ):
+            if any(isinstance(t, Tensor) and t.is_floating_point() and not t.isfinite().all() for t in tensors):
                 found.append(name)
 
         return look
 
     handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
     try:
-        with torch.no_grad():
-            model(batch.features, batch.layout)
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return found[0].removeprefix("model.") if found else ""
-
-
-def is_finite(*values: float) -> bool:
-    """Tell whether all of these are."""
-    return all(math.isfinite(value) for value in values)

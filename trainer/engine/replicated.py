@@ -8,6 +8,8 @@ is discarded by all.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -142,7 +144,7 @@ class ReplicatedEngine(Engine):
             flat.div_(self.loss_scale.value)
         # The sum is the same on every rank, to the bit, and so is what follows from it.
         norm = float(torch.linalg.vector_norm(flat, dtype=torch.float64))
-        applied = norm < float("inf")
+        applied = math.isfinite(norm)
         self.loss_scale.update(overflowed=not applied)
         if applied:
             if 0 < max_norm < norm:
@@ -151,7 +153,7 @@ class ReplicatedEngine(Engine):
                 group["lr"] = learning_rate
             self.optimizer.step()
         self._gradients.zero()
-        return Update(grad_norm=norm, applied=applied)
+        return Update(grad_norm=norm if applied else math.inf, applied=applied)
 
     def full_state(self) -> tuple[State, State]:
         """Return the whole model's and optimizer's tensors by name, on rank 0's host."""

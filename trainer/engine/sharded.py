@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ class ShardedEngine(Engine):
                 parameter.grad.div_(self.loss_scale.value)
         total = nn.utils.get_total_norm([p.grad for p in parameters])
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
-        applied = norm < float("inf")
+        applied = math.isfinite(norm)
         self.loss_scale.update(overflowed=not applied)
         if applied:
             if 0 < max_norm < norm:
@@ -78,7 +79,7 @@ class ShardedEngine(Engine):
                 group["lr"] = learning_rate
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return Update(grad_norm=norm, applied=applied)
+        return Update(grad_norm=norm if applied else math.inf, applied=applied)
 
     def full_state(self) -> tuple[State, State]:
         """Return the whole model's and optimizer's tensors by name, on rank 0's host; gathered one by one."""
