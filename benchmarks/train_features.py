@@ -34,28 +34,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
 
 # Run as a file, Python looks beside the file and not where the packages are.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from usual_training import NpzClips, train_with_accelerate, train_with_lightning
 
 from launch.pack import main as pack
 from trainer.assembly import build_run
 from trainer.data.batch import MicroBatch
 from trainer.data.loader import StepShare, TrainingLoader
-from trainer.data.normalization import from_moments
+from trainer.data.normalization import Normalization, from_moments
 from trainer.data.opening import OpenCorpus
 from trainer.data.synthetic import SyntheticSpec, write_corpus
-from trainer.engine import Engine, seed_everything
-from trainer.layout import lay_out
-from trainer.models.build import build_model
+from trainer.engine import Engine
 from trainer.observe.progress import Progress
-from trainer.optimization import make_optimizer
 from trainer.recipe import CorpusRecipe, Recipe
 from trainer.signals import StopRequest
 
@@ -66,8 +59,8 @@ CLIPS_PER_STEP = RANKS * CLIPS_PER_RANK
 BAR = 2.5
 WAIT_BAR = 0.02
 OURS = "ours"
-BASELINES = {"accelerate": "accelerate", "lightning": "lightning"}
-"""Ways to compare with, and the package that each takes."""
+BASELINES = ("accelerate", "lightning")
+"""Ways to compare with, by the package that each takes."""
 _NEVER = 10**9
 _TINY = {"width": 0.02, "rnn_size": 12, "rnn_layers": 1}
 
@@ -78,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.way:
         run_worker(args)
         return 0
-    missing = [package for package in BASELINES.values() if importlib.util.find_spec(package) is None]
-    baselines = [name for name, package in BASELINES.items() if package not in missing]
+    missing = [package for package in BASELINES if importlib.util.find_spec(package) is None]
+    baselines = [package for package in BASELINES if package not in missing]
     for package in missing:
         print(f"{package} is not installed and left out: pip install --constraint constraints.txt -e '.[benchmarks]'")
     with contextlib.ExitStack() as stack:
@@ -272,8 +265,8 @@ def run_worker(args: argparse.Namespace) -> None:
     name, _, workers = args.way.partition(" ")
     ways: dict[str, Callable[[], list[float]]] = {
         OURS: lambda: train_ours(args),
-        "accelerate": lambda: train_with_accelerate(args, int(workers)),
-        "lightning": lambda: train_with_lightning(args, int(workers)),
+        "accelerate": lambda: train_usually(args, train_with_accelerate, int(workers)),
+        "lightning": lambda: train_usually(args, train_with_lightning, int(workers)),
     }
     ends = ways[name]()
     if os.environ["RANK"] == "0":
@@ -336,150 +329,17 @@ class WatchedLoader:
                 self.ends.append(time.perf_counter())
 
 
-def train_with_accelerate(args: argparse.Namespace, workers: int) -> list[float]:
-    """Train with a plain Accelerate loop; return when each step ended."""
-    recipe = make_recipe(args)
-    accelerator = Accelerator()
-    seed_everything(recipe.run.seed)
-    clips = NpzClips(args.folder)
-    model = PaddedTeacher(recipe, clips)
-    optimizer = make_optimizer(model, recipe.optimization)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, make_loader(clips, workers))
-    ends: list[float] = []
-    while len(ends) < args.warmup + args.steps:
-        for batch in loader:
-            loss = padded_loss(model(batch["features"]), batch)
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), recipe.optimization.gradient_clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            ends.append(time.perf_counter())
-            if len(ends) == args.warmup + args.steps:
-                break
-    accelerator.end_training()
-    return ends
+def train_usually(args: argparse.Namespace, train: Callable[..., list[float]], workers: int) -> list[float]:
+    """Train in one of the usual ways; return when each step ended."""
+    clips = NpzClips(corpora_of(args.folder).npz, normalization_of(args))
+    return train(make_recipe(args), clips, steps=args.warmup + args.steps, workers=workers)
 
 
-def train_with_lightning(args: argparse.Namespace, workers: int) -> list[float]:
-    """Train with Lightning's Trainer; return when each step ended."""
-    import lightning
-
-    recipe = make_recipe(args)
-    ends: list[float] = []
-
-    class Module(lightning.LightningModule):
-        def __init__(self, model: nn.Module) -> None:
-            super().__init__()
-            self.model = model
-
-        def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
-            return padded_loss(self.model(batch["features"]), batch)
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return make_optimizer(self.model, recipe.optimization)
-
-        def on_train_batch_end(self, *_: Any) -> None:
-            ends.append(time.perf_counter())
-
-    seed_everything(recipe.run.seed)
-    clips = NpzClips(args.folder)
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        devices=RANKS,
-        strategy="ddp",
-        max_steps=args.warmup + args.steps,
-        max_epochs=-1,
-        gradient_clip_val=recipe.optimization.gradient_clip,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(Module(PaddedTeacher(recipe, clips)), make_loader(clips, workers))
-    return ends
-
-
-# The usual way.
-
-
-class Clip(NamedTuple):
-    """A clip as the usual dataset gives it: features `[T, D]`, classes `[S]`."""
-
-    features: Tensor
-    classes: Tensor
-
-
-class NpzClips(Dataset[Clip]):
-    """A file per clip, normalised when it is read."""
-
-    def __init__(self, folder: Path) -> None:
-        corpora = corpora_of(folder)
-        rows = (corpora.npz / "annotations" / "train.corpus.csv").read_text(encoding="utf-8").splitlines()[1:]
-        self.clips = [(corpora.npz / row.split("|")[1], row.split("|")[3].split()) for row in rows]
-        glosses = sorted({gloss for _, sentence in self.clips for gloss in sentence})
-        self.class_of = {gloss: number for number, gloss in enumerate(glosses, start=1)}
-        moments = OpenCorpus(CorpusRecipe(data_dir=str(corpora.packed)), print).moments
-        assert moments is not None, "a packed corpus has the moments of its training clips"
-        self.normalization = from_moments("corpus", [moments], len(moments.mean))
-
-    def __len__(self) -> int:
-        return len(self.clips)
-
-    def __getitem__(self, index: int) -> Clip:
-        path, sentence = self.clips[index]
-        with np.load(path) as archive:
-            features = archive["features"]
-        features = (features - self.normalization.mean) * self.normalization.scale
-        return Clip(torch.from_numpy(features), torch.tensor([self.class_of[gloss] for gloss in sentence]))
-
-
-def pad(clips: Sequence[Clip]) -> dict[str, Tensor]:
-    """Collate clips as usual: padded to the longest, with their lengths."""
-    return {
-        "features": pad_sequence([clip.features for clip in clips], batch_first=True),
-        "num_frames": torch.tensor([len(clip.features) for clip in clips]),
-        "classes": pad_sequence([clip.classes for clip in clips], batch_first=True),
-        "num_glosses": torch.tensor([len(clip.classes) for clip in clips]),
-    }
-
-
-def make_loader(clips: NpzClips, workers: int) -> DataLoader[Clip]:
-    """Build the loader of random batches."""
-    return DataLoader(
-        clips,
-        CLIPS_PER_RANK,
-        shuffle=True,
-        drop_last=True,
-        collate_fn=pad,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-    )
-
-
-class PaddedTeacher(nn.Module):
-    """The same module on clips that are all as long as the longest: it computes on what is padded."""
-
-    def __init__(self, recipe: Recipe, clips: NpzClips) -> None:
-        super().__init__()
-        self.teacher = build_model(
-            recipe.model, feature_dim=clips.normalization.feature_dim, num_classes=len(clips.class_of) + 1
-        )
-        self.rng = np.random.default_rng(recipe.run.seed)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Map padded features `[B, T, D]` to logits `[B, T', V]`."""
-        clips, longest = features.shape[:2]
-        keys = self.rng.integers(2**63, size=clips, dtype=np.uint64)
-        layout = lay_out(np.full(clips, longest), self.teacher.total_stride, keys)
-        logits: Tensor = self.teacher(features.flatten(0, 1), layout)
-        return logits.view(clips, -1, logits.shape[-1])
-
-
-def padded_loss(logits: Tensor, batch: dict[str, Tensor], total_stride: int = 4) -> Tensor:
-    """Return the CTC loss per gloss, mean over clips: what the recipe's `clip_target` is; logits `[B, T', V]`."""
-    lengths = -(-batch["num_frames"] // total_stride)
-    log_probs = logits.log_softmax(dim=-1).transpose(0, 1)
-    return F.ctc_loss(log_probs, batch["classes"], lengths, batch["num_glosses"], zero_infinity=True)
+def normalization_of(args: argparse.Namespace) -> Normalization:
+    """Return the normalisation that the trainer uses on the packed corpus."""
+    moments = OpenCorpus(CorpusRecipe(data_dir=str(corpora_of(args.folder).packed)), print).moments
+    assert moments is not None, "a packed corpus has the moments of its training clips"
+    return from_moments("corpus", [moments], len(moments.mean))
 
 
 if __name__ == "__main__":
