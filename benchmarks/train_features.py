@@ -9,8 +9,8 @@ page cache). Validation and checkpoints are left out.
 What differs is how the clips come and lie. Ours: the trainer as it is (`trainer.assembly.build_run`), a float16 corpus
 packed by `signscale pack`, clips end to end, shared out by length. Theirs: a compressed npz file per clip, a `Dataset`
 that normalises, a shuffling `DataLoader` that pads 8 random clips a rank to their longest, and the module computing on
-what is padded, its loss on true lengths; without and with worker processes, of which the
-faster counts. The ways take turns.
+what is padded, its loss on true lengths; without and with worker processes, of which the faster counts. The ways take
+turns, each in processes of its own, and only steps after the first ones are timed.
 
 `data_wait_fraction` is the trainer's own: of a run of the full teacher by `configs/teacher_conservative.yaml`, with its
 augmentation, on the packed corpus and two ranks. Ends with one line of JSON.
@@ -125,14 +125,14 @@ class Corpora(NamedTuple):
     packed: Path
 
 
-def corpora_of(folder: Path) -> Corpora:
-    """Say where in a folder the corpora lie."""
-    return Corpora(folder / "npz", folder / "packed_float16")
+def corpora_of(args: argparse.Namespace) -> Corpora:
+    """Say where the corpora lie."""
+    return Corpora(args.folder / ("npz_uncompressed" if args.uncompressed else "npz"), args.folder / "packed_float16")
 
 
 def write_corpora(args: argparse.Namespace) -> Corpora:
-    """Write the corpus as compressed npz and pack it; what is there from an earlier call stays."""
-    corpora = corpora_of(args.folder)
+    """Write the corpus as npz and pack it; what is there from an earlier call stays."""
+    corpora = corpora_of(args)
     if not corpora.npz.exists():
         raw = args.folder / "raw"
         spec = SyntheticSpec(
@@ -145,10 +145,22 @@ def write_corpora(args: argparse.Namespace) -> Corpora:
         raw.rename(corpora.npz)
     if not corpora.packed.exists() and pack([str(corpora.npz), str(corpora.packed)]):
         raise SystemExit(f"{corpora.npz} was not packed, see above")
-    found = len(list((corpora.npz / "train").glob("*.npz")))
-    if found != args.clips:
-        raise SystemExit(f"--folder {args.folder} holds {found} training clips, --clips says {args.clips}; change one")
+    for name, found, asked in (
+        ("clips", len(list((corpora.npz / "train").glob("*.npz"))), args.clips),
+        ("feature_dim", normalization_of(corpora).feature_dim, args.feature_dim),
+    ):
+        if found != asked:
+            raise SystemExit(
+                f"--{name} {asked}: the corpus in --folder {args.folder} was written with {found}; change one of them"
+            )
     return corpora
+
+
+def normalization_of(corpora: Corpora) -> Normalization:
+    """Return the normalisation that the trainer uses on the packed corpus."""
+    moments = OpenCorpus(CorpusRecipe(data_dir=str(corpora.packed)), print).moments
+    assert moments is not None, "a packed corpus has the moments of its training clips"
+    return from_moments("corpus", [moments], len(moments.mean))
 
 
 def compress(path: Path) -> None:
@@ -181,7 +193,8 @@ def take_turn(args: argparse.Namespace, way: str) -> float:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "seconds.json"
         flags = [f"--{name}={getattr(args, name)}" for name in ("clips", "steps", "warmup", "width", "rnn_size")]
-        flags += [f"--folder={args.folder}", f"--way={way}", f"--out={out}"] + ["--quick"] * args.quick
+        flags += [f"--folder={args.folder}", f"--way={way}", f"--out={out}"]
+        flags += ["--quick"] * args.quick + ["--uncompressed"] * args.uncompressed
         launch([__file__, *flags])
         seconds: float = json.loads(out.read_text())
     return seconds
@@ -276,7 +289,7 @@ def run_worker(args: argparse.Namespace) -> None:
 def make_recipe(args: argparse.Namespace) -> Recipe:
     """Write the recipe of the small model; every way takes from it what it needs."""
     values: dict[str, Any] = {
-        "data_dir": str(corpora_of(args.folder).packed),
+        "data_dir": str(corpora_of(args).packed),
         "batch_size": CLIPS_PER_RANK,
         "gradient_accumulation_steps": RANKS,
         "width": args.width,
@@ -331,15 +344,9 @@ class WatchedLoader:
 
 def train_usually(args: argparse.Namespace, train: Callable[..., list[float]], workers: int) -> list[float]:
     """Train in one of the usual ways; return when each step ended."""
-    clips = NpzClips(corpora_of(args.folder).npz, normalization_of(args))
+    corpora = corpora_of(args)
+    clips = NpzClips(corpora.npz, normalization_of(corpora))
     return train(make_recipe(args), clips, steps=args.warmup + args.steps, workers=workers)
-
-
-def normalization_of(args: argparse.Namespace) -> Normalization:
-    """Return the normalisation that the trainer uses on the packed corpus."""
-    moments = OpenCorpus(CorpusRecipe(data_dir=str(corpora_of(args.folder).packed)), print).moments
-    assert moments is not None, "a packed corpus has the moments of its training clips"
-    return from_moments("corpus", [moments], len(moments.mean))
 
 
 if __name__ == "__main__":

@@ -45,9 +45,8 @@ def usual(benchmark: ModuleType) -> ModuleType:
 @pytest.fixture(scope="module")
 def clips(benchmark: ModuleType, usual: ModuleType, written: Namespace) -> Dataset[Any]:
     """The corpus as the usual dataset reads it."""
-    dataset: Dataset[Any] = usual.NpzClips(
-        benchmark.corpora_of(written.folder).npz, benchmark.normalization_of(written)
-    )
+    corpora = benchmark.corpora_of(written)
+    dataset: Dataset[Any] = usual.NpzClips(corpora.npz, benchmark.normalization_of(corpora))
     return dataset
 
 
@@ -120,7 +119,10 @@ def test_the_usual_dataset_gives_normalised_clips(written: Namespace, clips: Any
     assert features.std(dim=0).max() == pytest.approx(1.0, abs=1e-2)
 
 
-def test_a_folder_of_other_clips_is_refused(benchmark: ModuleType, written: Namespace) -> None:
-    args = benchmark.parse_args(["--quick", "--clips", "64", "--folder", str(written.folder)])
-    with pytest.raises(SystemExit, match="holds 32 training clips, --clips says 64"):
+@pytest.mark.parametrize(("flag", "asked", "found"), [("clips", "64", 32), ("feature_dim", "64", 32)])
+def test_a_folder_with_another_corpus_is_refused(
+    benchmark: ModuleType, written: Namespace, flag: str, asked: str, found: int
+) -> None:
+    args = benchmark.parse_args([*FLAGS, f"--{flag}", asked, "--folder", str(written.folder)])
+    with pytest.raises(SystemExit, match=f"--{flag} {asked}: .* was written with {found}"):
         benchmark.write_corpora(args)
