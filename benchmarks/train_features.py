@@ -10,7 +10,8 @@ What differs is how the clips come and lie. Ours: the trainer as it is (`trainer
 packed by `signscale pack`, clips end to end, shared out by length. Theirs: a compressed npz file per clip, a `Dataset`
 that normalises, a shuffling `DataLoader` that pads 8 random clips a rank to their longest, and the module computing on
 what is padded, its loss on true lengths; without and with worker processes, of which the faster counts. The ways take
-turns, each in processes of its own, and only steps after the first ones are timed.
+turns, each in processes of its own, and only steps after the first ones are timed. Beside the time on the clock stands
+processor time, in all ranks, threads and workers, which other programs on the machine disturb less.
 
 `data_wait_fraction` is the trainer's own: of a run of the full teacher by `configs/teacher_conservative.yaml`, with its
 augmentation, on the packed corpus and two ranks. Ends with one line of JSON.
@@ -27,7 +28,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,7 +38,7 @@ import numpy as np
 # Run as a file, Python looks beside the file and not where the packages are.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from usual_training import NpzClips, train_with_accelerate, train_with_lightning
+from usual_training import Clock, NpzClips, now, train_with_accelerate, train_with_lightning
 
 from launch.pack import main as pack
 from trainer.assembly import build_run
@@ -173,31 +173,41 @@ def compress(path: Path) -> None:
 # Turns, from the side of the process that starts the ranks.
 
 
-def measure(args: argparse.Namespace, corpora: Corpora, baselines: Sequence[str]) -> dict[str, list[float]]:
-    """Let all ways take turns; return the clips per second of each turn."""
+class Speed(NamedTuple):
+    """Clips per second of one turn: on the clock, and of processor time in all ranks."""
+
+    wall: float
+    cpu: float
+
+
+def measure(args: argparse.Namespace, corpora: Corpora, baselines: Sequence[str]) -> dict[str, list[Speed]]:
+    """Let all ways take turns; return the speed of each turn."""
     ways = [OURS, *(f"{name} {workers}" for name in baselines for workers in args.workers)]
-    speeds: dict[str, list[float]] = {way: [] for way in ways}
+    speeds: dict[str, list[Speed]] = {way: [] for way in ways}
     for turn in range(args.rounds):
         # What else the machine did in the meantime may have taken the corpora out of memory.
         for path in (path for folder in corpora for path in folder.rglob("*") if path.is_file()):
             path.read_bytes()
         # Every other round in the opposite order: none always comes after the same one.
         for way in ways if turn % 2 == 0 else reversed(ways):
-            speeds[way].append(CLIPS_PER_STEP * args.steps / take_turn(args, way))
-            print(f"round {turn + 1}, {way}: {speeds[way][-1]:.1f} clips/s", file=sys.stderr, flush=True)
+            speed = take_turn(args, way)
+            speeds[way].append(speed)
+            print(f"round {turn + 1}, {way}: {speed.wall:.1f} clips/s", file=sys.stderr, flush=True)
     return speeds
 
 
-def take_turn(args: argparse.Namespace, way: str) -> float:
-    """Start the ranks of one way and return the seconds of the steps that count."""
+def take_turn(args: argparse.Namespace, way: str) -> Speed:
+    """Start the ranks of one way and return the speed of the steps that count."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "seconds.json"
         flags = [f"--{name}={getattr(args, name)}" for name in ("clips", "steps", "warmup", "width", "rnn_size")]
-        flags += [f"--folder={args.folder}", f"--way={way}", f"--out={out}"]
+        flags += [f"--folder={args.folder}", f"--way={way}", f"--out={folder}"]
         flags += ["--quick"] * args.quick + ["--uncompressed"] * args.uncompressed
         launch([__file__, *flags])
-        seconds: float = json.loads(out.read_text())
-    return seconds
+        walls, cpus = zip(
+            *(json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(RANKS)), strict=True
+        )
+    clips = CLIPS_PER_STEP * args.steps
+    return Speed(clips / max(walls), clips / sum(cpus))
 
 
 def launch(command: Sequence[str]) -> None:
@@ -217,30 +227,42 @@ def launch(command: Sequence[str]) -> None:
         raise SystemExit(f"{finished.stdout}\nthe ranks failed, see above: {' '.join(command)}")
 
 
-def report(speeds: dict[str, list[float]]) -> dict[str, Any]:
+def report(speeds: dict[str, list[Speed]]) -> dict[str, Any]:
     """Print a row for each way and return the figures: medians, and their ratios to the faster of each baseline."""
-    print(f"{'':>14}{'clips/s':>9}{'from':>9}{'to':>9}{'ours over':>11}{'from':>7}{'to':>7}")
+    print(
+        f"{'':>14}{'clips/s':>9}{'from':>7}{'to':>7}{'a CPU s':>9}{'ours over':>11}{'from':>6}{'to':>6}{'in CPU s':>10}"
+    )
     figures: dict[str, Any] = {}
-    ours = speeds[OURS]
-    for way, turns in speeds.items():
-        columns = "".join(f"{value:>9.1f}" for value in (statistics.median(turns), min(turns), max(turns)))
-        columns += "{:>11.2f}{:>7.2f}{:>7.2f}".format(*compare(ours, turns))
-        print(f"{way:>14}{columns}", flush=True)
-        figures[f"clips_per_second_{way.replace(' ', '_')}"] = round(statistics.median(turns), 2)
-        figures[f"clips_per_second_{way.replace(' ', '_')}_range"] = [round(min(turns), 2), round(max(turns), 2)]
+    walls, cpus = ({way: [speed[i] for speed in turns] for way, turns in speeds.items()} for i in range(2))
+    for way, turns in walls.items():
+        median, cpu = statistics.median(turns), statistics.median(cpus[way])
+        ratio, low, high = compare(walls[OURS], turns)
+        print(
+            f"{way:>14}{median:>9.1f}{min(turns):>7.1f}{max(turns):>7.1f}{cpu:>9.1f}{ratio:>11.2f}{low:>6.2f}{high:>6.2f}"
+            f"{compare(cpus[OURS], cpus[way])[0]:>10.2f}",
+            flush=True,
+        )
+        name = way.replace(" ", "_")
+        figures[f"clips_per_second_{name}"] = round(median, 2)
+        figures[f"clips_per_second_{name}_range"] = [round(min(turns), 2), round(max(turns), 2)]
+        figures[f"clips_per_cpu_second_{name}"] = round(cpu, 2)
     for name in BASELINES:
-        variants = [turns for way, turns in speeds.items() if way.startswith(name)]
-        best = max(variants, key=statistics.median, default=None)
-        ratio, *extremes = compare(ours, best) if best else (None, None, None)
-        figures |= {f"over_{name}": ratio, f"over_{name}_range": extremes}
+        variants = [way for way in speeds if way.startswith(name)]
+        best = max(variants, key=lambda way: statistics.median(walls[way]), default=None)
+        ratios = list(compare(walls[OURS], walls[best])) if best else [None] * 3
+        figures[f"over_{name}"], figures[f"over_{name}_range"] = ratios[0], ratios[1:]
+        figures[f"over_{name}_cpu"] = compare(cpus[OURS], cpus[best])[0] if best else None
     return figures
 
 
 def compare(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
     """Return the ratio of the medians, and the smallest and largest ratio within a round."""
     rounds = [a / b for a, b in zip(ours, theirs, strict=True)]
-    ratios = statistics.median(ours) / statistics.median(theirs), min(rounds), max(rounds)
-    return tuple(round(ratio, 3) for ratio in ratios)  # type: ignore[return-value]
+    return (
+        round(statistics.median(ours) / statistics.median(theirs), 3),
+        round(min(rounds), 3),
+        round(max(rounds), 3),
+    )
 
 
 def report_wait(args: argparse.Namespace, corpora: Corpora) -> dict[str, Any]:
@@ -274,16 +296,16 @@ def report_wait(args: argparse.Namespace, corpora: Corpora) -> dict[str, Any]:
 
 
 def run_worker(args: argparse.Namespace) -> None:
-    """Train as one rank in one way; rank 0 writes the seconds of the steps that count."""
+    """Train as one rank in one way; write the seconds of the steps that count."""
     name, _, workers = args.way.partition(" ")
-    ways: dict[str, Callable[[], list[float]]] = {
+    ways: dict[str, Callable[[], list[Clock]]] = {
         OURS: lambda: train_ours(args),
         "accelerate": lambda: train_usually(args, train_with_accelerate, int(workers)),
         "lightning": lambda: train_usually(args, train_with_lightning, int(workers)),
     }
     ends = ways[name]()
-    if os.environ["RANK"] == "0":
-        args.out.write_text(json.dumps(ends[args.warmup + args.steps - 1] - ends[args.warmup - 1]))
+    first, last = ends[args.warmup - 1], ends[args.warmup + args.steps - 1]
+    (args.out / f"{os.environ['RANK']}.json").write_text(json.dumps([last.wall - first.wall, last.cpu - first.cpu]))
 
 
 def make_recipe(args: argparse.Namespace) -> Recipe:
@@ -306,11 +328,11 @@ def make_recipe(args: argparse.Namespace) -> Recipe:
         "trackers": [],
     }
     if args.out:
-        values["output_dir"] = str(args.out.parent / "run")
+        values["output_dir"] = str(args.out / "run")
     return Recipe.from_flat(values | (_TINY if args.quick else {}))
 
 
-def train_ours(args: argparse.Namespace) -> list[float]:
+def train_ours(args: argparse.Namespace) -> list[Clock]:
     """Train with this trainer; return when each step ended."""
     recipe = make_recipe(args)
     engine = Engine(recipe.run)
@@ -329,7 +351,7 @@ class WatchedLoader:
 
     def __init__(self, loader: TrainingLoader) -> None:
         self.split, self.plan = loader.split, loader.plan
-        self.ends: list[float] = []
+        self.ends: list[Clock] = []
         self._loader = loader
 
     def steps(
@@ -339,10 +361,10 @@ class WatchedLoader:
         with contextlib.closing(self._loader.steps(epoch, position, **where)) as steps:
             for step in steps:
                 yield step
-                self.ends.append(time.perf_counter())
+                self.ends.append(now())
 
 
-def train_usually(args: argparse.Namespace, train: Callable[..., list[float]], workers: int) -> list[float]:
+def train_usually(args: argparse.Namespace, train: Callable[..., list[Clock]], workers: int) -> list[Clock]:
     """Train in one of the usual ways; return when each step ended."""
     corpora = corpora_of(args)
     clips = NpzClips(corpora.npz, normalization_of(corpora))

@@ -7,6 +7,7 @@ What one writes with Accelerate or Lightning: a dataset that reads and normalise
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import os
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -30,6 +32,19 @@ from trainer.recipe import Recipe
 
 _DECLARATIONS: list[torch.library.Library] = []
 """Declared operators are forgotten when these are."""
+
+
+class Clock(NamedTuple):
+    """Seconds on the clock, and of the processor in all threads and worker processes of this rank."""
+
+    wall: float
+    cpu: float
+
+
+def now() -> Clock:
+    """Look at both clocks."""
+    workers = [psutil.Process(worker.pid).cpu_times() for worker in multiprocessing.active_children()]
+    return Clock(time.perf_counter(), time.process_time() + sum(times.user + times.system for times in workers))
 
 
 class Clip(NamedTuple):
@@ -109,7 +124,7 @@ def padded_loss(logits: Tensor, batch: dict[str, Tensor], total_stride: int = 4)
     return F.ctc_loss(log_probs, batch["classes"], lengths, batch["num_glosses"], zero_infinity=True)
 
 
-def train_with_accelerate(recipe: Recipe, clips: NpzClips, *, steps: int, workers: int) -> list[float]:
+def train_with_accelerate(recipe: Recipe, clips: NpzClips, *, steps: int, workers: int) -> list[Clock]:
     """Train with a plain Accelerate loop, `batch_size` clips a rank; return when each step ended."""
     accelerator = Accelerator()
     seed_everything(recipe.run.seed)
@@ -118,7 +133,7 @@ def train_with_accelerate(recipe: Recipe, clips: NpzClips, *, steps: int, worker
     model, optimizer, loader = accelerator.prepare(
         model, optimizer, make_loader(clips, recipe.batch.batch_size, workers)
     )
-    ends: list[float] = []
+    ends: list[Clock] = []
     while len(ends) < steps:
         for batch in loader:
             loss = padded_loss(model(batch["features"]), batch)
@@ -126,19 +141,19 @@ def train_with_accelerate(recipe: Recipe, clips: NpzClips, *, steps: int, worker
             accelerator.clip_grad_norm_(model.parameters(), recipe.optimization.gradient_clip)
             optimizer.step()
             optimizer.zero_grad()
-            ends.append(time.perf_counter())
+            ends.append(now())
             if len(ends) == steps:
                 break
     accelerator.end_training()
     return ends
 
 
-def train_with_lightning(recipe: Recipe, clips: NpzClips, *, steps: int, workers: int) -> list[float]:
+def train_with_lightning(recipe: Recipe, clips: NpzClips, *, steps: int, workers: int) -> list[Clock]:
     """Train with Lightning's Trainer, `batch_size` clips a rank; return when each step ended."""
     _let_torchvision_import()
     import lightning
 
-    ends: list[float] = []
+    ends: list[Clock] = []
 
     class Module(lightning.LightningModule):
         def __init__(self, model: nn.Module) -> None:
@@ -152,7 +167,7 @@ def train_with_lightning(recipe: Recipe, clips: NpzClips, *, steps: int, workers
             return make_optimizer(self.model, recipe.optimization)
 
         def on_train_batch_end(self, *_: Any) -> None:
-            ends.append(time.perf_counter())
+            ends.append(now())
 
     seed_everything(recipe.run.seed)
     trainer = lightning.Trainer(
