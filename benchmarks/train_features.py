@@ -9,8 +9,9 @@ page cache). Validation and checkpoints are left out.
 What differs is how the clips come and lie. Ours: the trainer as it is (`trainer.assembly.build_run`), a float16 corpus
 packed by `signscale pack`, clips end to end, shared out by length. Theirs: a compressed npz file per clip, a `Dataset`
 that normalises, a shuffling `DataLoader` that pads 8 random clips a rank to their longest, and the module computing on
-what is padded, its loss on true lengths; without and with worker processes, of which the
-faster counts. The ways take turns.
+what is padded, its loss on true lengths; without and with worker processes, of which the faster counts. The ways take
+turns, each in processes of its own, and only steps after the first ones are timed. Beside the time on the clock stands
+processor time, in all ranks, threads and workers, which other programs on the machine disturb less.
 
 `data_wait_fraction` is the trainer's own: of a run of the full teacher by `configs/teacher_conservative.yaml`, with its
 augmentation, on the packed corpus and two ranks. Ends with one line of JSON.
@@ -27,35 +28,27 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
 
 # Run as a file, Python looks beside the file and not where the packages are.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from usual_training import Clock, NpzClips, now, train_with_accelerate, train_with_lightning
 
 from launch.pack import main as pack
 from trainer.assembly import build_run
 from trainer.data.batch import MicroBatch
 from trainer.data.loader import StepShare, TrainingLoader
-from trainer.data.normalization import from_moments
+from trainer.data.normalization import Normalization, from_moments
 from trainer.data.opening import OpenCorpus
 from trainer.data.synthetic import SyntheticSpec, write_corpus
-from trainer.engine import Engine, seed_everything
-from trainer.layout import lay_out
-from trainer.models.build import build_model
+from trainer.engine import Engine
 from trainer.observe.progress import Progress
-from trainer.optimization import make_optimizer
 from trainer.recipe import CorpusRecipe, Recipe
 from trainer.signals import StopRequest
 
@@ -66,8 +59,8 @@ CLIPS_PER_STEP = RANKS * CLIPS_PER_RANK
 BAR = 2.5
 WAIT_BAR = 0.02
 OURS = "ours"
-BASELINES = {"accelerate": "accelerate", "lightning": "lightning"}
-"""Ways to compare with, and the package that each takes."""
+BASELINES = ("accelerate", "lightning")
+"""Ways to compare with, by the package that each takes."""
 _NEVER = 10**9
 _TINY = {"width": 0.02, "rnn_size": 12, "rnn_layers": 1}
 
@@ -78,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.way:
         run_worker(args)
         return 0
-    missing = [package for package in BASELINES.values() if importlib.util.find_spec(package) is None]
-    baselines = [name for name, package in BASELINES.items() if package not in missing]
+    missing = [package for package in BASELINES if importlib.util.find_spec(package) is None]
+    baselines = [package for package in BASELINES if package not in missing]
     for package in missing:
         print(f"{package} is not installed and left out: pip install --constraint constraints.txt -e '.[benchmarks]'")
     with contextlib.ExitStack() as stack:
@@ -132,14 +125,14 @@ class Corpora(NamedTuple):
     packed: Path
 
 
-def corpora_of(folder: Path) -> Corpora:
-    """Say where in a folder the corpora lie."""
-    return Corpora(folder / "npz", folder / "packed_float16")
+def corpora_of(args: argparse.Namespace) -> Corpora:
+    """Say where the corpora lie."""
+    return Corpora(args.folder / ("npz_uncompressed" if args.uncompressed else "npz"), args.folder / "packed_float16")
 
 
 def write_corpora(args: argparse.Namespace) -> Corpora:
-    """Write the corpus as compressed npz and pack it; what is there from an earlier call stays."""
-    corpora = corpora_of(args.folder)
+    """Write the corpus as npz and pack it; what is there from an earlier call stays."""
+    corpora = corpora_of(args)
     if not corpora.npz.exists():
         raw = args.folder / "raw"
         spec = SyntheticSpec(
@@ -152,10 +145,22 @@ def write_corpora(args: argparse.Namespace) -> Corpora:
         raw.rename(corpora.npz)
     if not corpora.packed.exists() and pack([str(corpora.npz), str(corpora.packed)]):
         raise SystemExit(f"{corpora.npz} was not packed, see above")
-    found = len(list((corpora.npz / "train").glob("*.npz")))
-    if found != args.clips:
-        raise SystemExit(f"--folder {args.folder} holds {found} training clips, --clips says {args.clips}; change one")
+    for name, found, asked in (
+        ("clips", len(list((corpora.npz / "train").glob("*.npz"))), args.clips),
+        ("feature_dim", normalization_of(corpora).feature_dim, args.feature_dim),
+    ):
+        if found != asked:
+            raise SystemExit(
+                f"--{name} {asked}: the corpus in --folder {args.folder} was written with {found}; change one of them"
+            )
     return corpora
+
+
+def normalization_of(corpora: Corpora) -> Normalization:
+    """Return the normalisation that the trainer uses on the packed corpus."""
+    moments = OpenCorpus(CorpusRecipe(data_dir=str(corpora.packed)), print).moments
+    assert moments is not None, "a packed corpus has the moments of its training clips"
+    return from_moments("corpus", [moments], len(moments.mean))
 
 
 def compress(path: Path) -> None:
@@ -168,30 +173,41 @@ def compress(path: Path) -> None:
 # Turns, from the side of the process that starts the ranks.
 
 
-def measure(args: argparse.Namespace, corpora: Corpora, baselines: Sequence[str]) -> dict[str, list[float]]:
-    """Let all ways take turns; return the clips per second of each turn."""
+class Speed(NamedTuple):
+    """Clips per second of one turn: on the clock, and of processor time in all ranks."""
+
+    wall: float
+    cpu: float
+
+
+def measure(args: argparse.Namespace, corpora: Corpora, baselines: Sequence[str]) -> dict[str, list[Speed]]:
+    """Let all ways take turns; return the speed of each turn."""
     ways = [OURS, *(f"{name} {workers}" for name in baselines for workers in args.workers)]
-    speeds: dict[str, list[float]] = {way: [] for way in ways}
+    speeds: dict[str, list[Speed]] = {way: [] for way in ways}
     for turn in range(args.rounds):
         # What else the machine did in the meantime may have taken the corpora out of memory.
         for path in (path for folder in corpora for path in folder.rglob("*") if path.is_file()):
             path.read_bytes()
         # Every other round in the opposite order: none always comes after the same one.
         for way in ways if turn % 2 == 0 else reversed(ways):
-            speeds[way].append(CLIPS_PER_STEP * args.steps / take_turn(args, way))
-            print(f"round {turn + 1}, {way}: {speeds[way][-1]:.1f} clips/s", file=sys.stderr, flush=True)
+            speed = take_turn(args, way)
+            speeds[way].append(speed)
+            print(f"round {turn + 1}, {way}: {speed.wall:.1f} clips/s", file=sys.stderr, flush=True)
     return speeds
 
 
-def take_turn(args: argparse.Namespace, way: str) -> float:
-    """Start the ranks of one way and return the seconds of the steps that count."""
+def take_turn(args: argparse.Namespace, way: str) -> Speed:
+    """Start the ranks of one way and return the speed of the steps that count."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "seconds.json"
         flags = [f"--{name}={getattr(args, name)}" for name in ("clips", "steps", "warmup", "width", "rnn_size")]
-        flags += [f"--folder={args.folder}", f"--way={way}", f"--out={out}"] + ["--quick"] * args.quick
+        flags += [f"--folder={args.folder}", f"--way={way}", f"--out={folder}"]
+        flags += ["--quick"] * args.quick + ["--uncompressed"] * args.uncompressed
         launch([__file__, *flags])
-        seconds: float = json.loads(out.read_text())
-    return seconds
+        walls, cpus = zip(
+            *(json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(RANKS)), strict=True
+        )
+    clips = CLIPS_PER_STEP * args.steps
+    return Speed(clips / max(walls), clips / sum(cpus))
 
 
 def launch(command: Sequence[str]) -> None:
@@ -211,30 +227,42 @@ def launch(command: Sequence[str]) -> None:
         raise SystemExit(f"{finished.stdout}\nthe ranks failed, see above: {' '.join(command)}")
 
 
-def report(speeds: dict[str, list[float]]) -> dict[str, Any]:
+def report(speeds: dict[str, list[Speed]]) -> dict[str, Any]:
     """Print a row for each way and return the figures: medians, and their ratios to the faster of each baseline."""
-    print(f"{'':>14}{'clips/s':>9}{'from':>9}{'to':>9}{'ours over':>11}{'from':>7}{'to':>7}")
+    print(
+        f"{'':>14}{'clips/s':>9}{'from':>7}{'to':>7}{'a CPU s':>9}{'ours over':>11}{'from':>6}{'to':>6}{'in CPU s':>10}"
+    )
     figures: dict[str, Any] = {}
-    ours = speeds[OURS]
-    for way, turns in speeds.items():
-        columns = "".join(f"{value:>9.1f}" for value in (statistics.median(turns), min(turns), max(turns)))
-        columns += "{:>11.2f}{:>7.2f}{:>7.2f}".format(*compare(ours, turns))
-        print(f"{way:>14}{columns}", flush=True)
-        figures[f"clips_per_second_{way.replace(' ', '_')}"] = round(statistics.median(turns), 2)
-        figures[f"clips_per_second_{way.replace(' ', '_')}_range"] = [round(min(turns), 2), round(max(turns), 2)]
+    walls, cpus = ({way: [speed[i] for speed in turns] for way, turns in speeds.items()} for i in range(2))
+    for way, turns in walls.items():
+        median, cpu = statistics.median(turns), statistics.median(cpus[way])
+        ratio, low, high = compare(walls[OURS], turns)
+        print(
+            f"{way:>14}{median:>9.1f}{min(turns):>7.1f}{max(turns):>7.1f}{cpu:>9.1f}{ratio:>11.2f}{low:>6.2f}{high:>6.2f}"
+            f"{compare(cpus[OURS], cpus[way])[0]:>10.2f}",
+            flush=True,
+        )
+        name = way.replace(" ", "_")
+        figures[f"clips_per_second_{name}"] = round(median, 2)
+        figures[f"clips_per_second_{name}_range"] = [round(min(turns), 2), round(max(turns), 2)]
+        figures[f"clips_per_cpu_second_{name}"] = round(cpu, 2)
     for name in BASELINES:
-        variants = [turns for way, turns in speeds.items() if way.startswith(name)]
-        best = max(variants, key=statistics.median, default=None)
-        ratio, *extremes = compare(ours, best) if best else (None, None, None)
-        figures |= {f"over_{name}": ratio, f"over_{name}_range": extremes}
+        variants = [way for way in speeds if way.startswith(name)]
+        best = max(variants, key=lambda way: statistics.median(walls[way]), default=None)
+        ratios = list(compare(walls[OURS], walls[best])) if best else [None] * 3
+        figures[f"over_{name}"], figures[f"over_{name}_range"] = ratios[0], ratios[1:]
+        figures[f"over_{name}_cpu"] = compare(cpus[OURS], cpus[best])[0] if best else None
     return figures
 
 
 def compare(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
     """Return the ratio of the medians, and the smallest and largest ratio within a round."""
     rounds = [a / b for a, b in zip(ours, theirs, strict=True)]
-    ratios = statistics.median(ours) / statistics.median(theirs), min(rounds), max(rounds)
-    return tuple(round(ratio, 3) for ratio in ratios)  # type: ignore[return-value]
+    return (
+        round(statistics.median(ours) / statistics.median(theirs), 3),
+        round(min(rounds), 3),
+        round(max(rounds), 3),
+    )
 
 
 def report_wait(args: argparse.Namespace, corpora: Corpora) -> dict[str, Any]:
@@ -268,22 +296,22 @@ def report_wait(args: argparse.Namespace, corpora: Corpora) -> dict[str, Any]:
 
 
 def run_worker(args: argparse.Namespace) -> None:
-    """Train as one rank in one way; rank 0 writes the seconds of the steps that count."""
+    """Train as one rank in one way; write the seconds of the steps that count."""
     name, _, workers = args.way.partition(" ")
-    ways: dict[str, Callable[[], list[float]]] = {
+    ways: dict[str, Callable[[], list[Clock]]] = {
         OURS: lambda: train_ours(args),
-        "accelerate": lambda: train_with_accelerate(args, int(workers)),
-        "lightning": lambda: train_with_lightning(args, int(workers)),
+        "accelerate": lambda: train_usually(args, train_with_accelerate, int(workers)),
+        "lightning": lambda: train_usually(args, train_with_lightning, int(workers)),
     }
     ends = ways[name]()
-    if os.environ["RANK"] == "0":
-        args.out.write_text(json.dumps(ends[args.warmup + args.steps - 1] - ends[args.warmup - 1]))
+    first, last = ends[args.warmup - 1], ends[args.warmup + args.steps - 1]
+    (args.out / f"{os.environ['RANK']}.json").write_text(json.dumps([last.wall - first.wall, last.cpu - first.cpu]))
 
 
 def make_recipe(args: argparse.Namespace) -> Recipe:
     """Write the recipe of the small model; every way takes from it what it needs."""
     values: dict[str, Any] = {
-        "data_dir": str(corpora_of(args.folder).packed),
+        "data_dir": str(corpora_of(args).packed),
         "batch_size": CLIPS_PER_RANK,
         "gradient_accumulation_steps": RANKS,
         "width": args.width,
@@ -300,11 +328,11 @@ def make_recipe(args: argparse.Namespace) -> Recipe:
         "trackers": [],
     }
     if args.out:
-        values["output_dir"] = str(args.out.parent / "run")
+        values["output_dir"] = str(args.out / "run")
     return Recipe.from_flat(values | (_TINY if args.quick else {}))
 
 
-def train_ours(args: argparse.Namespace) -> list[float]:
+def train_ours(args: argparse.Namespace) -> list[Clock]:
     """Train with this trainer; return when each step ended."""
     recipe = make_recipe(args)
     engine = Engine(recipe.run)
@@ -323,7 +351,7 @@ class WatchedLoader:
 
     def __init__(self, loader: TrainingLoader) -> None:
         self.split, self.plan = loader.split, loader.plan
-        self.ends: list[float] = []
+        self.ends: list[Clock] = []
         self._loader = loader
 
     def steps(
@@ -333,153 +361,14 @@ class WatchedLoader:
         with contextlib.closing(self._loader.steps(epoch, position, **where)) as steps:
             for step in steps:
                 yield step
-                self.ends.append(time.perf_counter())
+                self.ends.append(now())
 
 
-def train_with_accelerate(args: argparse.Namespace, workers: int) -> list[float]:
-    """Train with a plain Accelerate loop; return when each step ended."""
-    recipe = make_recipe(args)
-    accelerator = Accelerator()
-    seed_everything(recipe.run.seed)
-    clips = NpzClips(args.folder)
-    model = PaddedTeacher(recipe, clips)
-    optimizer = make_optimizer(model, recipe.optimization)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, make_loader(clips, workers))
-    ends: list[float] = []
-    while len(ends) < args.warmup + args.steps:
-        for batch in loader:
-            loss = padded_loss(model(batch["features"]), batch)
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), recipe.optimization.gradient_clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            ends.append(time.perf_counter())
-            if len(ends) == args.warmup + args.steps:
-                break
-    accelerator.end_training()
-    return ends
-
-
-def train_with_lightning(args: argparse.Namespace, workers: int) -> list[float]:
-    """Train with Lightning's Trainer; return when each step ended."""
-    import lightning
-
-    recipe = make_recipe(args)
-    ends: list[float] = []
-
-    class Module(lightning.LightningModule):
-        def __init__(self, model: nn.Module) -> None:
-            super().__init__()
-            self.model = model
-
-        def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
-            return padded_loss(self.model(batch["features"]), batch)
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return make_optimizer(self.model, recipe.optimization)
-
-        def on_train_batch_end(self, *_: Any) -> None:
-            ends.append(time.perf_counter())
-
-    seed_everything(recipe.run.seed)
-    clips = NpzClips(args.folder)
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        devices=RANKS,
-        strategy="ddp",
-        max_steps=args.warmup + args.steps,
-        max_epochs=-1,
-        gradient_clip_val=recipe.optimization.gradient_clip,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(Module(PaddedTeacher(recipe, clips)), make_loader(clips, workers))
-    return ends
-
-
-# The usual way.
-
-
-class Clip(NamedTuple):
-    """A clip as the usual dataset gives it: features `[T, D]`, classes `[S]`."""
-
-    features: Tensor
-    classes: Tensor
-
-
-class NpzClips(Dataset[Clip]):
-    """A file per clip, normalised when it is read."""
-
-    def __init__(self, folder: Path) -> None:
-        corpora = corpora_of(folder)
-        rows = (corpora.npz / "annotations" / "train.corpus.csv").read_text(encoding="utf-8").splitlines()[1:]
-        self.clips = [(corpora.npz / row.split("|")[1], row.split("|")[3].split()) for row in rows]
-        glosses = sorted({gloss for _, sentence in self.clips for gloss in sentence})
-        self.class_of = {gloss: number for number, gloss in enumerate(glosses, start=1)}
-        moments = OpenCorpus(CorpusRecipe(data_dir=str(corpora.packed)), print).moments
-        assert moments is not None, "a packed corpus has the moments of its training clips"
-        self.normalization = from_moments("corpus", [moments], len(moments.mean))
-
-    def __len__(self) -> int:
-        return len(self.clips)
-
-    def __getitem__(self, index: int) -> Clip:
-        path, sentence = self.clips[index]
-        with np.load(path) as archive:
-            features = archive["features"]
-        features = (features - self.normalization.mean) * self.normalization.scale
-        return Clip(torch.from_numpy(features), torch.tensor([self.class_of[gloss] for gloss in sentence]))
-
-
-def pad(clips: Sequence[Clip]) -> dict[str, Tensor]:
-    """Collate clips as usual: padded to the longest, with their lengths."""
-    return {
-        "features": pad_sequence([clip.features for clip in clips], batch_first=True),
-        "num_frames": torch.tensor([len(clip.features) for clip in clips]),
-        "classes": pad_sequence([clip.classes for clip in clips], batch_first=True),
-        "num_glosses": torch.tensor([len(clip.classes) for clip in clips]),
-    }
-
-
-def make_loader(clips: NpzClips, workers: int) -> DataLoader[Clip]:
-    """Build the loader of random batches."""
-    return DataLoader(
-        clips,
-        CLIPS_PER_RANK,
-        shuffle=True,
-        drop_last=True,
-        collate_fn=pad,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-    )
-
-
-class PaddedTeacher(nn.Module):
-    """The same module on clips that are all as long as the longest: it computes on what is padded."""
-
-    def __init__(self, recipe: Recipe, clips: NpzClips) -> None:
-        super().__init__()
-        self.teacher = build_model(
-            recipe.model, feature_dim=clips.normalization.feature_dim, num_classes=len(clips.class_of) + 1
-        )
-        self.rng = np.random.default_rng(recipe.run.seed)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Map padded features `[B, T, D]` to logits `[B, T', V]`."""
-        clips, longest = features.shape[:2]
-        keys = self.rng.integers(2**63, size=clips, dtype=np.uint64)
-        layout = lay_out(np.full(clips, longest), self.teacher.total_stride, keys)
-        logits: Tensor = self.teacher(features.flatten(0, 1), layout)
-        return logits.view(clips, -1, logits.shape[-1])
-
-
-def padded_loss(logits: Tensor, batch: dict[str, Tensor], total_stride: int = 4) -> Tensor:
-    """Return the CTC loss per gloss, mean over clips: what the recipe's `clip_target` is; logits `[B, T', V]`."""
-    lengths = -(-batch["num_frames"] // total_stride)
-    log_probs = logits.log_softmax(dim=-1).transpose(0, 1)
-    return F.ctc_loss(log_probs, batch["classes"], lengths, batch["num_glosses"], zero_infinity=True)
+def train_usually(args: argparse.Namespace, train: Callable[..., list[Clock]], workers: int) -> list[Clock]:
+    """Train in one of the usual ways; return when each step ended."""
+    corpora = corpora_of(args)
+    clips = NpzClips(corpora.npz, normalization_of(corpora))
+    return train(make_recipe(args), clips, steps=args.warmup + args.steps, workers=workers)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import subprocess
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 from trainer.data.batch import Labels
 from trainer.layout import lay_out
@@ -26,14 +29,25 @@ TURNS = ("--workers", "0", "--teacher_steps", "1", "--teacher_warmup", "1")
 
 
 @pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("train_features", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def benchmark() -> Iterator[ModuleType]:
+    """The script as a module, with what lies beside it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)
+        yield importlib.import_module("train_features")
+
+
+@pytest.fixture(scope="module")
+def usual(benchmark: ModuleType) -> ModuleType:
+    """What the script compares with."""
+    return importlib.import_module("usual_training")
+
+
+@pytest.fixture(scope="module")
+def clips(benchmark: ModuleType, usual: ModuleType, written: Namespace) -> Dataset[Any]:
+    """The corpus as the usual dataset reads it."""
+    corpora = benchmark.corpora_of(written)
+    dataset: Dataset[Any] = usual.NpzClips(corpora.npz, benchmark.normalization_of(corpora))
+    return dataset
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +82,12 @@ def test_every_way_that_can_run_does(written: Namespace) -> None:
     assert 0.0 <= figures["data_wait_fraction"] <= 1.0
 
 
-def test_the_padded_module_computes_the_trainer_s_loss(benchmark: ModuleType, written: Namespace) -> None:
+def test_the_padded_module_computes_the_trainer_s_loss(
+    benchmark: ModuleType, usual: ModuleType, written: Namespace, clips: Any
+) -> None:
     recipe = benchmark.make_recipe(written)
-    clips = benchmark.NpzClips(written.folder)
     torch.manual_seed(0)
-    padded = benchmark.PaddedTeacher(recipe, clips).eval()
+    padded = usual.PaddedTeacher(recipe, clips).eval()
     torch.manual_seed(0)
     teacher = build_model(recipe.model, feature_dim=written.feature_dim, num_classes=len(clips.class_of) + 1)
     # Clips of one length, so that nothing is padded, and no dropout, whose draws differ.
@@ -82,8 +97,8 @@ def test_the_padded_module_computes_the_trainer_s_loss(benchmark: ModuleType, wr
     for module in (*padded.modules(), *teacher.modules()):
         if hasattr(module, "p"):
             module.p = 0.0
-    batch = benchmark.pad(chosen)
-    theirs = benchmark.padded_loss(padded(batch["features"]), batch)
+    batch = usual.pad(chosen)
+    theirs = usual.padded_loss(padded(batch["features"]), batch)
 
     glosses = np.array([len(clip.classes) for clip in chosen])
     labels = Labels(
@@ -97,15 +112,17 @@ def test_the_padded_module_computes_the_trainer_s_loss(benchmark: ModuleType, wr
     assert theirs.item() == pytest.approx(ours.item(), rel=1e-5)
 
 
-def test_the_usual_dataset_reads_what_the_trainer_reads(benchmark: ModuleType, written: Namespace) -> None:
-    clips = benchmark.NpzClips(written.folder)
+def test_the_usual_dataset_gives_normalised_clips(written: Namespace, clips: Any) -> None:
     features = torch.cat([clips[index].features for index in range(len(clips))])
     assert len(clips) == written.clips == 32
     assert features.mean(dim=0).abs().max() < 1e-3
     assert features.std(dim=0).max() == pytest.approx(1.0, abs=1e-2)
 
 
-def test_a_folder_of_other_clips_is_refused(benchmark: ModuleType, written: Namespace) -> None:
-    args = benchmark.parse_args(["--quick", "--clips", "64", "--folder", str(written.folder)])
-    with pytest.raises(SystemExit, match="holds 32 training clips, --clips says 64"):
+@pytest.mark.parametrize(("flag", "asked", "found"), [("clips", "64", 32), ("feature_dim", "64", 32)])
+def test_a_folder_with_another_corpus_is_refused(
+    benchmark: ModuleType, written: Namespace, flag: str, asked: str, found: int
+) -> None:
+    args = benchmark.parse_args([*FLAGS, f"--{flag}", asked, "--folder", str(written.folder)])
+    with pytest.raises(SystemExit, match=f"--{flag} {asked}: .* was written with {found}"):
         benchmark.write_corpora(args)

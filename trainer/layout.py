@@ -107,6 +107,7 @@ def _within(lengths: Indices) -> Indices:
 
 
 def _mask(starts: Indices, lengths: Indices, length: int, stride: int) -> Tensor:
-    mask = torch.zeros(length // stride, 1)
-    mask[torch.from_numpy(np.repeat(starts // stride, lengths) + _within(lengths))] = 1.0
-    return mask
+    mask = np.zeros((length // stride, 1), dtype=np.float32)
+    for start, size in zip((starts // stride).tolist(), lengths.tolist(), strict=True):
+        mask[start : start + size] = 1.0
+    return torch.from_numpy(mask)

@@ -210,7 +210,7 @@ class TrainingRun:
         window["lr"] = rate
         if self.engine.is_main:
             outputs = -(-share.batch.num_frames // self.loader.plan.total_stride)
-            computing = (outcome.seconds - outcome.wait_seconds) / self.engine.world_size
+            computing = seconds - outcome.wait_seconds / self.engine.world_size
             self.costs.add(*heaviest_share(share.allotment, outputs), computing)
         self.progress.advance(outcome.loss)
 

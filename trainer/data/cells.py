@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -28,6 +29,9 @@ from trainer.data.transform import ClipContent, FeatureTransform
 
 Indices = npt.NDArray[np.int64]
 Request = TypeVar("Request")
+
+# Records may lie in the kernel's memory, where nobody may write; nobody does.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 _WARMING_THREADS = 16
 """Requests under way at once to a store that is not on this machine, which answers in tens of milliseconds."""

@@ -152,17 +152,18 @@ class TrainingLoader:
 
     def _contents(self, epoch: int, clips: Indices, starts: Indices, first: int) -> list[ClipContent]:
         """Say what becomes of clips that are read as the `first` of the cell and those after it."""
-        lengths, keys = self.plan.lengths(epoch, clips), self.plan.augment_keys(epoch, clips)
-        strengths = self.plan.augmentation
+        lengths, strengths = self.plan.lengths(epoch, clips), self.plan.augmentation
+        # Keys of a cell without augmentation would be derived for nothing.
+        keys = self.plan.augment_keys(epoch, clips).tolist() if strengths != NO_AUGMENTATION else [None] * len(clips)
         return [
             ClipContent(
                 stored=first + place,
                 start=int(starts[place]),
                 num_frames=int(lengths.kept[place]),
                 draw=None
-                if strengths == NO_AUGMENTATION
+                if key is None
                 else draw_clip(
-                    int(keys[place]),
+                    key,
                     num_frames=int(self.split.num_frames[clip]),
                     dim=self.split.feature_dim,
                     rescaled=int(lengths.rescaled[place]),
@@ -170,7 +171,7 @@ class TrainingLoader:
                     strengths=strengths,
                 ),
             )
-            for place, clip in enumerate(clips)
+            for place, (clip, key) in enumerate(zip(clips, keys, strict=True))
         ]
 
     def _labels(self, clips: Indices, weights: npt.NDArray[np.float64]) -> Labels:

@@ -73,6 +73,8 @@ class Plan:
     def lengths(self, epoch: int, clips: Chosen = _ALL) -> ClipLengths:
         """Decide the frames of the chosen clips, `[n]`, in an epoch."""
         num_frames = self.num_frames[clips].astype(np.int64)
+        if self.augmentation == NO_AUGMENTATION:
+            return ClipLengths(rescaled=num_frames, kept=num_frames)
         # ceil(T / stride) >= outputs holds from the first frame of the last needed stride on.
         min_frames = (self.min_outputs[clips].astype(np.int64) - 1) * self.total_stride + 1
         return augmented_lengths(

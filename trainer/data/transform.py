@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +18,12 @@ from trainer.data.augment import NOISE_VALUES, ClipDraw, noise_table, positions
 from trainer.data.normalization import Normalization, clip_statistics
 from trainer.data.table import Storage
 
+Affine: TypeAlias = Callable[[Tensor, Tensor], object]
+"""Maps a block of stored values into a block of rows, which may be the same memory."""
+
 _SERIAL_VALUES = 1 << 15
 """Values of an operation that torch leaves to the calling thread: loader threads start no teams of their own."""
-_CACHED_VALUES = 1 << 17
+_CACHED_VALUES = 1 << 18
 """Values of a block where there are no teams anyway: the block stays in the cache from one operation to the next."""
 
 
@@ -88,16 +92,12 @@ class FeatureTransform:
         for start in range(0, len(rows), step):
             block = rows[start : start + step]
             chosen = slice(start, start + step)
-            if moved is None:
-                if stored.data_ptr() != rows.data_ptr():
-                    block.copy_(stored[chosen])
-            else:
-                block.copy_(stored.index_select(0, moved[0][chosen]))
-                if moved[1] is not None:
-                    # The affine map may follow: it commutes with weights that add up to one.
-                    after, share = moved[1]
-                    block.lerp_(stored.index_select(0, after[chosen]).float(), share[chosen])
-            affine(block)
+            source = stored[chosen] if moved is None else stored.index_select(0, moved[0][chosen])
+            if moved is not None and moved[1] is not None:
+                # The affine map may follow: it commutes with weights that add up to one.
+                after, share = moved[1]
+                source = source.float().lerp_(stored.index_select(0, after[chosen]).float(), share[chosen])
+            affine(source, block)
             if noise is not None:
                 block.add_(self._noise_rows.index_select(0, noise[chosen]), alpha=self._noise)
         if draw is not None:
@@ -112,39 +112,42 @@ class FeatureTransform:
         values = _SERIAL_VALUES if torch.get_num_threads() > 1 else _CACHED_VALUES
         return max(1, values // self.dim)
 
-    def _fixed_affine(self) -> Callable[[Tensor], object]:
+    def _fixed_affine(self) -> Affine:
         """Return the map of stored values that is the same for every clip: decoding, and with it normalisation."""
         kind, mean, inverse = self._normalization.kind, self._normalization.mean, self._normalization.scale
         storage = self._storage
         if storage.center is None or storage.scale is None:
             if kind != "corpus":
-                return lambda block: None
+                return _copy
             shift, factor = self._vector(mean), self._vector(inverse)
             # As two operations: what is subtracted first cancels exactly, however far the values are from zero.
-            return lambda block: block.sub_(shift).mul_(factor)
+            return lambda source, block: torch.sub(source, shift, out=block).mul_(factor)
         scale, offset = storage.scale.astype(np.float64), storage.center.astype(np.float64)
         if kind == "corpus":
             scale, offset = scale * inverse, (offset - mean) * inverse
         return self._multiply_add(scale, offset)
 
-    def _clip_affine(self, stored: Tensor) -> Callable[[Tensor], object]:
+    def _clip_affine(self, stored: Tensor) -> Affine:
         """Return the map that brings this clip to zero mean and unit variance."""
         features = self._storage.decode(stored.cpu().numpy())
         mean, inverse = clip_statistics(features)
         shift, factor = self._vector(mean), self._vector(inverse)
         decode = self._affine
 
-        def apply(block: Tensor) -> None:
-            decode(block)
+        def apply(source: Tensor, block: Tensor) -> None:
+            decode(source, block)
             block.sub_(shift).mul_(factor)
 
         return apply
 
-    def _multiply_add(
-        self, scale: npt.NDArray[np.float64], offset: npt.NDArray[np.float64]
-    ) -> Callable[[Tensor], object]:
+    def _multiply_add(self, scale: npt.NDArray[np.float64], offset: npt.NDArray[np.float64]) -> Affine:
         factor, shift = self._vector(scale), self._vector(offset)
-        return lambda block: torch.addcmul(shift, block, factor, out=block)
+        return lambda source, block: torch.addcmul(shift, block.copy_(source), factor, out=block)
 
     def _vector(self, values: npt.NDArray[np.floating]) -> Tensor:
         return torch.from_numpy(values.astype(np.float32)).to(self.device)
+
+
+def _copy(source: Tensor, block: Tensor) -> None:
+    if source.data_ptr() != block.data_ptr():
+        block.copy_(source)

@@ -69,6 +69,10 @@ class CachedStore:
         else:
             buffer[:] = flight.data
 
+    def view(self, name: str, offset: int, length: int) -> memoryview | None:
+        """Return None: where an extent lies is a matter of an eviction."""
+        return None
+
     def warm(self, name: str, offset: int, length: int) -> None:
         """Fetch these bytes into the cache, unless they are there, on their way, or have no room."""
         if length <= 0 or not self._folder.takes(length):

@@ -87,6 +87,10 @@ class RemoteStore:
 
         self._retry(name, fetch, stop)
 
+    def view(self, name: str, offset: int, length: int) -> memoryview | None:
+        """Return None: nothing is here."""
+        return None
+
     def warm(self, name: str, offset: int, length: int) -> None:
         """Do nothing: nothing is kept here."""
 

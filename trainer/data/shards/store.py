@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import threading
 import weakref
@@ -15,6 +16,7 @@ from trainer.errors import InputError
 _MOST_OPEN = 256
 """Files that a folder keeps open at once: a corpus may have more shards than a process may have files."""
 _BLOCK = 16 << 20
+_LOCAL_FILE_SYSTEMS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "zfs", "tmpfs", "ramfs", "overlay"}
 
 
 class ShardStore(Protocol):
@@ -32,6 +34,9 @@ class ShardStore(Protocol):
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` (bytes, writable, contiguous) from `offset` on; a file that ends before is an error."""
+
+    def view(self, name: str, offset: int, length: int) -> memoryview | None:
+        """Return these bytes where they lie in memory already, read-only; None where they have to be read."""
 
     def warm(self, name: str, offset: int, length: int) -> None:
         """Make these bytes fast to read soon; a store that can keep nothing does nothing."""
@@ -58,6 +63,7 @@ class LocalStore:
         self.location = str(folder)
         self._folder = folder
         self._files: dict[str, _File] = {}
+        self._maps = is_on_local_disk(folder)
         self.after_fork()
         reset_after_fork(self)
 
@@ -79,6 +85,24 @@ class LocalStore:
             ) from None
         except OSError as error:
             raise _describe(self._folder / name, error) from None
+
+    def view(self, name: str, offset: int, length: int) -> memoryview | None:
+        """Return these bytes in the kernel's own copy of the file: a fifth of the time of a record goes into copying.
+
+        Not on a network's file system, where a fault in the middle of a mapping would kill the process.
+        """
+        if not self._maps:
+            return None
+        try:
+            file = self._open(name)
+            if os.fstat(file.descriptor).st_size < offset + length:
+                # What lies beyond the end of a file must not be touched; reading says so in words.
+                return None
+            return file.mapping()[offset : offset + length]
+        except OSError:
+            # No address space is left, say: reading goes on without, and reports what is wrong with the file.
+            self._maps = False
+            return None
 
     def warm(self, name: str, offset: int, length: int) -> None:
         """Have the kernel read these bytes ahead."""
@@ -125,9 +149,30 @@ class _File:
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
+        self._view: memoryview | None = None
+
+    def mapping(self) -> memoryview:
+        """Map the whole file."""
+        if self._view is None:
+            self._view = memoryview(mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_READ))
+        return self._view
 
     def __del__(self) -> None:
         os.close(self.descriptor)
+
+
+def is_on_local_disk(folder: Path) -> bool:
+    """Tell whether a folder's file system belongs to this machine; one that is not known to does not."""
+    path, best, kind = str(folder.resolve()), "", ""
+    try:
+        mounts = Path("/proc/mounts").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    for place, found in (line.split()[1:3] for line in mounts):
+        inside = place == "/" or path == place or path.startswith(f"{place}/")
+        if inside and len(place) >= len(best):
+            best, kind = place, found
+    return kind in _LOCAL_FILE_SYSTEMS
 
 
 def _describe(path: Path, error: OSError) -> InputError:
