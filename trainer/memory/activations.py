@@ -1,0 +1,82 @@
+"""What the passes of a recipe's model take, counted on this machine for any other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trainer.engine.engine import checkpoint_activations
+from trainer.engine.precision import PreciseModel
+from trainer.memory.cells import load_of, loss_of, random_cell
+from trainer.memory.counting import AllocationCounter, SavedBytes
+from trainer.memory.model import MemoryModel, fit
+from trainer.memory.static import ModelSize
+from trainer.models.build import build_model
+from trainer.recipe import Recipe
+
+_CELLS = ((16,), (96,), (48, 48), (64, 8, 8, 8))
+"""Clips of the counted cells: enough to tell slots, padding and what is fixed apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    """What a model is and what its passes take beyond weights and gradients."""
+
+    size: ModelSize
+    passes: MemoryModel
+    saved_per_slot: float
+    """Of that, what autograd keeps from forward to backward, per slot of the longest counted cell."""
+
+
+def measure_size(model: nn.Module) -> ModelSize:
+    """Count the weights of a model that has `blocks()`."""
+    blocks: list[nn.Module] = model.blocks()  # type: ignore[operator]
+    return ModelSize(
+        total=sum(p.numel() for p in model.parameters()),
+        largest_block=max(sum(p.numel() for p in block.parameters()) for block in blocks),
+        largest_weight=max(p.numel() for p in model.parameters()),
+    )
+
+
+def size_of(recipe: Recipe, *, feature_dim: int, num_classes: int) -> ModelSize:
+    """Count the weights of a recipe's model without making them."""
+    with torch.device("meta"):
+        return measure_size(build_model(recipe.model, feature_dim=feature_dim, num_classes=num_classes))
+
+
+def count_activations(recipe: Recipe, *, feature_dim: int, num_classes: int, checkpointing: bool) -> Counted:
+    """Run small cells through the recipe's model at its full width on the CPU, and count what lives in between."""
+    model = build_model(recipe.model, feature_dim=feature_dim, num_classes=num_classes)
+    cpu = torch.device("cpu")
+    wrapped = PreciseModel(model, recipe.run.mixed_precision, cpu)
+    if checkpointing:
+        checkpoint_activations(wrapped.blocks())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    stride = recipe.model.total_stride
+    loads, peaks, saved = [], [], 0.0
+    for clips in _CELLS:
+        num_frames = np.array([frames * stride for frames in clips], dtype=np.int64) // 4 * 2
+        cell = random_cell(
+            num_frames,
+            total_stride=stride,
+            feature_dim=feature_dim,
+            num_classes=num_classes,
+            device=cpu,
+            mixed=recipe.objective.mixup_alpha > 0,
+        )
+        existing: list[Tensor] = [*cell.tensors(), *model.parameters(), *model.buffers()]
+        kept = SavedBytes(*existing)
+        with AllocationCounter(*existing, *(p.grad for p in model.parameters() if p.grad is not None)) as counter:
+            with kept:
+                loss = loss_of(wrapped(cell.features, cell.layout), cell, recipe.objective)
+            loss.backward()
+            del loss
+        loads.append(load_of(num_frames, stride))
+        # The features are there as long as the pass.
+        peaks.append(counter.peak + cell.features.numel() * 4.0)
+        saved = max(saved, kept.total / loads[-1].slots)
+    return Counted(size=measure_size(model), passes=fit(loads, peaks), saved_per_slot=saved)
