@@ -31,12 +31,28 @@ def capacity(device: torch.device) -> int | None:
     memory, shared evenly by the node's ranks (LOCAL_WORLD_SIZE).
     """
     if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
         free, _ = torch.cuda.mem_get_info(device)
-        granted = int(total * torch.cuda.get_per_process_memory_fraction(device))
-        return min(granted, free + torch.cuda.memory_reserved(device))
+        limit = granted(device)
+        assert limit is not None
+        return min(limit, free + torch.cuda.memory_reserved(device))
     found = [limit for limit in (_address_limit(), host_limit(), _machine_memory()) if limit is not None]
     return min(found) if found else None
+
+
+def granted(device: torch.device) -> int | None:
+    """Return what the limits alone grant this rank, in bytes: the same in every run on the same hardware."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        return int(total * torch.cuda.get_per_process_memory_fraction(device))
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    address = None if soft == resource.RLIM_INFINITY else soft
+    found = [limit for limit in (address, host_limit(), _machine_memory()) if limit is not None]
+    return min(found) if found else None
+
+
+def device_name(device: torch.device) -> str:
+    """Name the kind of device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def is_limited(device: torch.device) -> bool:

@@ -63,29 +63,28 @@ class MemoryModel:
 
 
 def fit(loads: Sequence[Load], peaks: Sequence[float]) -> MemoryModel:
-    """Fit a model to measured peaks in bytes, by least squares under non-negative terms; needs one pass at least."""
-    rows = np.array([[1.0, load.slots, load.padded] for load in loads])
-    terms = _non_negative(rows, np.array(peaks, dtype=np.float64))
-    return MemoryModel(fixed=float(terms[0]), per_slot=float(terms[1]), per_padded=float(terms[2]))
+    """Fit a model to measured bytes by least squares under non-negative terms; needs one pass at least.
+
+    Fewer passes than terms: the slots come first, so that a single pass is laid to them alone, which predicts more for
+    larger cells than they will take.
+    """
+    rows = np.array([[load.slots, 1.0, load.padded] for load in loads])
+    per_slot, fixed, per_padded = _non_negative(rows, np.array(peaks, dtype=np.float64)).tolist()
+    return MemoryModel(fixed=fixed, per_slot=per_slot, per_padded=per_padded)
 
 
 def _non_negative(rows: Floats, values: Floats) -> Floats:
-    """Solve least squares under non-negative terms by trying every set of them: three terms are eight sets."""
+    """Solve least squares under non-negative terms by trying every set of them: three terms are seven sets."""
     best, least = np.zeros(rows.shape[1]), float(values @ values)
     scale = np.maximum(np.abs(rows).max(axis=0), 1e-30)
-    for count in range(1, rows.shape[1] + 1):
+    for count in range(1, min(rows.shape) + 1):
         for chosen in itertools.combinations(range(rows.shape[1]), count):
-            if count > len(rows):
-                # Fewer passes than terms: no telling them apart, and the slots are the term that matters.
-                continue
             columns = list(chosen)
             found, *_ = np.linalg.lstsq(rows[:, columns] / scale[columns], values, rcond=None)
             found = found / scale[columns]
-            if (found < 0).any():
-                continue
             rest = float(((values - rows[:, columns] @ found) ** 2).sum())
             # A further term must earn its place, and not by rounding.
-            if rest < least * (1.0 - 1e-9):
+            if (found >= 0).all() and rest < least - 1e-9 * float(values @ values):
                 best, least = np.zeros(rows.shape[1]), rest
                 best[columns] = found
     return best

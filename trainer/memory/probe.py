@@ -1,0 +1,325 @@
+"""The probe: the worst cells of the plan run forward and backward before training, to find what fits.
+
+No optimizer step is made and no gradient left behind. Cells grow as long as memory is said to allow it, and shrink
+where it runs out. Every rank makes the same passes, and what one of them cannot do is agreed on before the next pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.distributed.tensor import DTensor
+
+from trainer.data.loader import TrainingLoader
+from trainer.engine import Engine
+from trainer.files import write_json
+from trainer.layout import slot_frames
+from trainer.memory.accounting import PeakMeter, capacity, device_name, fragmentation, granted, is_limited
+from trainer.memory.cells import load_of, random_cell, run_pass
+from trainer.memory.exhaustion import free_memory, is_exhaustion
+from trainer.memory.model import Load, MemoryModel, fit
+from trainer.memory.worst import WorstCells, find_worst
+from trainer.passes import BrokenPassError
+from trainer.recipe import Recipe
+
+MEMORY = "memory.json"
+_VERSION = 1
+_MARGIN, _MARGIN_IN_STEP = 0.1, 0.2
+"""Share of the capacity left free; more where a pass that runs out cannot be taken back."""
+_GROWTH, _GROWTH_IN_STEP, _SHRINK = 2.0, 1.5, 0.75
+_STATES = {"adamw": 2, "adam": 2, "sgd": 1}
+
+Say = Callable[[str], None]
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """One pass of the probe, over all ranks."""
+
+    slots: int
+    padded: int
+    clips: int
+    fits: bool
+    peak: int
+    """Most bytes of any rank, beyond what was in use before; 0 where it did not fit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeResult:
+    """What the probe found, the same on all ranks."""
+
+    budget: int
+    """Frames of a cell that fit on every rank."""
+    fits: bool
+    """False: not even the longest clip alone does."""
+    model: MemoryModel
+    """Bytes in use on the fullest rank at the peak of a pass, all that training adds included."""
+    capacity: int | None
+    """Bytes of the rank that has least; None: not known."""
+    passes: tuple[Pass, ...]
+
+
+def choose_budget(
+    engine: Engine, loader: TrainingLoader, *, recipe: Recipe, run_dir: Path, say: Say, force: bool = False
+) -> int:
+    """Return `max_frames_per_microbatch` for this hardware; all ranks must call it, and get the same.
+
+    What the recipe names stands. Else the cells are probed and the result kept in the run directory; a CPU without a
+    limit of its own is not probed unless `force` asks for it.
+    """
+    if recipe.batch.max_frames_per_microbatch:
+        return int(recipe.batch.max_frames_per_microbatch)
+    plan = loader.plan
+    longest = int(slot_frames(np.array([plan.num_frames.max()]), plan.total_stride)[0])
+    usual = recipe.batch.batch_size * longest
+    if not force and not any(engine.gather_objects(is_limited(engine.device))):
+        say(
+            f"memory: nothing limits this process but the machine's memory, not probed; {usual} frames a micro-batch "
+            "(batch_size x the longest clip)"
+        )
+        return usual
+    size = recipe.global_batch_size(engine.world_size)
+    worst = find_worst(plan, size=size, world_size=engine.world_size, budget=usual)
+    # On a GPU a larger cell is a faster one; on a CPU it is not.
+    goal = max(usual, worst.most) if engine.device.type == "cuda" else max(usual, worst.floor)
+    key = _key(engine, loader, recipe, goal, worst.floor)
+    path = run_dir / MEMORY
+    stored = engine.on_main(lambda: _read(path, key))
+    if stored is not None:
+        say(f"memory: {stored} frames a micro-batch, as probed before ({path.name})")
+        return stored
+    found = probe(engine, loader, worst, goal=goal, states=_STATES[recipe.optimization.optimizer])
+    engine.on_main(lambda: write_json(path, _to_json(found, key, engine)))
+    say(_describe(found))
+    idle = fragmentation(engine.device)
+    if idle is not None and idle.hint:
+        say(f"memory: {idle.hint}")
+    free_memory()
+    return found.budget
+
+
+def probe(
+    engine: Engine,
+    loader: TrainingLoader,
+    worst: WorstCells,
+    *,
+    goal: int,
+    states: int = 2,
+    limit: Callable[[torch.device], int | None] = capacity,
+) -> ProbeResult:
+    """Find the largest budget up to `goal` that fits on every rank.
+
+    `states`: optimizer states per weight, which are made in the first step and must fit too. `limit`: what a rank may
+    use. Raises `BrokenPassError` if memory runs out inside a pass of a backend that communicates there.
+    """
+    return _Probe(engine, loader, worst, states, limit).run(goal)
+
+
+class _Probe:
+    def __init__(
+        self,
+        engine: Engine,
+        loader: TrainingLoader,
+        worst: WorstCells,
+        states: int,
+        limit: Callable[[torch.device], int | None],
+    ) -> None:
+        self._engine, self._loader, self._worst = engine, loader, worst
+        self._states, self._limit = states, limit
+        in_step = engine.communicates_in_passes
+        self._margin, self._growth = (_MARGIN_IN_STEP, _GROWTH_IN_STEP) if in_step else (_MARGIN, _GROWTH)
+        self._passes: list[Pass] = []
+        self._before = 0
+        self._capacity: int | None = None
+
+    def run(self, goal: int) -> ProbeResult:
+        """Probe, and forget all gradients."""
+        self._engine.training(True)
+        try:
+            # Loads what a first pass loads. The gradient stays until the end: a step has one, after its first pass.
+            self._attempt(np.array([self._loader.plan.total_stride], dtype=np.int64), counts=False)
+            # A small one, which tells what a pass takes in any case from what its frames take.
+            self._attempt(self._worst.most_clips(0))
+            budget, fits = self._search(min(goal, self._worst.most))
+        finally:
+            self._engine.discard()
+            free_memory()
+        return ProbeResult(
+            budget=goal if budget >= min(goal, self._worst.most) else budget,
+            fits=fits,
+            model=self._model(),
+            capacity=self._capacity,
+            passes=tuple(self._passes),
+        )
+
+    def _search(self, limit: int) -> tuple[int, bool]:
+        floor = self._worst.floor
+        target, best, ceiling = floor, 0, max(limit, floor)
+        # Up, from the longest clip alone.
+        while self._attempt(self._worst.largest(target)):
+            best = target
+            target = min(int(target * self._growth), ceiling, self._room(self._margin))
+            if target <= best:
+                break
+        else:
+            if not best:
+                return floor, False
+            ceiling = int(target * _SHRINK)
+        # Down, to where each of the worst cells fits.
+        budget = max(floor, min(ceiling, self._room(self._margin), max(best, int(target * _SHRINK))))
+        while not all(self._attempt(cell) for cell in self._cells(budget)):
+            if budget == floor:
+                return floor, False
+            budget = max(floor, int(budget * _SHRINK))
+        return budget, True
+
+    def _cells(self, budget: int) -> list[Indices]:
+        return [self._worst.largest(budget), self._worst.most_clips(budget), self._worst.alone()]
+
+    def _room(self, margin: float) -> int:
+        """Return the largest budget that the passes so far let expect to fit; without bounds if nobody knows."""
+        if self._capacity is None:
+            return 1 << 53
+        return self._model().largest_budget(self._capacity, margin=margin, padding=self._worst.padding)
+
+    def _model(self) -> MemoryModel:
+        done = [one for one in self._passes if one.fits]
+        if not done:
+            return MemoryModel(fixed=float(self._before), per_slot=0.0, per_padded=0.0)
+        fitted = fit([Load(slots=one.slots, padded=one.padded) for one in done], [one.peak for one in done])
+        return dataclasses.replace(
+            fitted, fixed=fitted.fixed + self._before, per_slot=fitted.per_slot + _read_ahead(self._loader)
+        )
+
+    def _attempt(self, num_frames: Indices, *, counts: bool = True) -> bool:
+        """Make one pass on every rank; tell whether all of them could."""
+        engine = self._engine
+        meter = PeakMeter(engine.device)
+        ran_out = self._pass(num_frames, meter)
+        if ran_out:
+            free_memory()
+        room = self._limit(engine.device)
+        before = meter.start + pending_states(engine, self._states)
+        found = engine.gather_objects((ran_out, meter.beyond_start, before, room))
+        fits = not any(one[0] for one in found)
+        rooms = [one[3] for one in found if one[3] is not None]
+        self._capacity = min(rooms) if rooms else None
+        self._before = max(self._before, *(one[2] for one in found))
+        if counts:
+            load = load_of(num_frames, self._loader.plan.total_stride)
+            peak = max(one[1] for one in found) if fits else 0
+            self._passes.append(Pass(slots=load.slots, padded=load.padded, clips=len(num_frames), fits=fits, peak=peak))
+        return fits
+
+    def _pass(self, num_frames: Indices, meter: PeakMeter) -> bool:
+        """Go forward and backward over random features; tell whether memory ran out."""
+        loader = self._loader
+        try:
+            with meter:
+                cell = random_cell(
+                    num_frames,
+                    total_stride=loader.plan.total_stride,
+                    feature_dim=loader.split.feature_dim,
+                    num_classes=len(loader.vocabulary),
+                    device=self._engine.device,
+                    mixed=loader.objective.mixup_alpha > 0,
+                )
+                run_pass(self._engine, cell, loader.objective)
+        except Exception as error:
+            if not is_exhaustion(error):
+                raise
+            if self._engine.communicates_in_passes:
+                slots = int(slot_frames(num_frames, loader.plan.total_stride).sum())
+                raise BrokenPassError(f"{slots} frames in {len(num_frames)} clips") from None
+            # The traceback holds the tensors of the pass; it goes with this frame.
+            return True
+        return False
+
+
+def pending_states(engine: Engine, states: int) -> int:
+    """Return the bytes of optimizer states that the first step will make on the engine's device."""
+    optimizer: Any = getattr(engine, "optimizer", None) or engine._zero.optimizer  # type: ignore[attr-defined]
+    missing = 0
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if optimizer.state.get(parameter):
+                continue
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            missing += states * local.numel() * local.element_size() * (local.device.type == engine.device.type)
+    return missing
+
+
+def _read_ahead(loader: TrainingLoader) -> float:
+    """Return the bytes per slot of the cells that the loader holds beside the one in use (`CellLoader`)."""
+    dim, stored = loader.split.feature_dim, loader.split.storage.dtype.itemsize
+    if loader.cell_loader.device.type == "cuda":
+        # One cell ahead, as stored and as it is computed on.
+        return dim * (4.0 + 2 * stored)
+    return dim * 4.0 * max(2, 2 * loader.cell_loader.num_workers + 1)
+
+
+def _key(engine: Engine, loader: TrainingLoader, recipe: Recipe, goal: int, floor: int) -> str:
+    """Hash what the result depends on, of all ranks."""
+    facts = {
+        "version": _VERSION,
+        "model": asdict(recipe.model),
+        "objective": asdict(recipe.objective),
+        "optimizer": recipe.optimization.optimizer,
+        "precision": recipe.run.mixed_precision,
+        "activation_checkpointing": recipe.run.activation_checkpointing,
+        "num_workers": recipe.corpus.num_workers,
+        "feature_dim": loader.split.feature_dim,
+        "classes": len(loader.vocabulary),
+        "backend": engine.name,
+        "world_size": engine.world_size,
+        "goal": goal,
+        "longest": floor,
+        "devices": engine.gather_objects((device_name(engine.device), granted(engine.device))),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _read(path: Path, key: str) -> int | None:
+    """Return the budget of an earlier probe of the same; None if there is none."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return int(stored["budget"]) if stored["key"] == key else None
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        # Of no use, and made again in a moment.
+        return None
+
+
+def _to_json(found: ProbeResult, key: str, engine: Engine) -> dict[str, Any]:
+    return {
+        "key": key,
+        "budget": found.budget,
+        "fits": found.fits,
+        "capacity": found.capacity,
+        "backend": engine.name,
+        "world_size": engine.world_size,
+        "device": device_name(engine.device),
+        "model": found.model.to_json(),
+        "passes": [asdict(one) for one in found.passes],
+    }
+
+
+def _describe(found: ProbeResult) -> str:
+    room = "" if found.capacity is None else f" of {found.capacity / 1e9:.1f} GB"
+    model = found.model
+    text = (
+        f"memory: {found.budget} frames a micro-batch, probed in {len(found.passes)} passes "
+        f"({model.fixed / 1e9:.2f} GB and {model.per_slot / 1e6:.3f} MB a frame{room})"
+    )
+    return text if found.fits else f"{text}; warning: the longest clip alone ran out of memory"
