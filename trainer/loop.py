@@ -85,7 +85,7 @@ class TrainingRun:
         """Validate before the first step, or where the last attempt left a validation undone."""
         if self._validation_due():
             return self._validate_and_save()
-        if self.state.step == 0:
+        if self.state.step == 0 and self.state.last_validation < 0:
             # The figure to beat; and a dev split that cannot be evaluated shows before training time is spent.
             metrics = self._validate()
             if metrics is None:
@@ -170,7 +170,7 @@ class TrainingRun:
                         self.memory, f"a pass of {error} ran out of memory on rank {self.engine.rank}"
                     )
                 if outcome.shortages:
-                    self.relief.note_shortage(self.memory, outcome.shortages, self.state)
+                    self.relief.note_shortage(self.memory, share, outcome.shortages, self.state)
                 elif not outcome.repeat:
                     self.memory.rise()
                 if outcome.misfits:
@@ -182,13 +182,11 @@ class TrainingRun:
                 cells = map(reload, share.allotment.cells(self.engine.rank))
 
     def _name_misfits(self, share: StepShare, outcome: StepOutcome) -> str:
-        mine = None if outcome.misfit is None else int(share.batch.clips[outcome.misfit])
-        split = self.loader.split
-        names = [
-            f"{split.id(clip)} ({split.num_frames[clip]} frames)"
-            for clip in self.engine.gather_objects(mine)
-            if clip is not None
-        ]
+        split, mine = self.loader.split, None
+        if outcome.misfit is not None:
+            clip = int(share.batch.clips[outcome.misfit])
+            mine = f"{split.id(clip)} ({split.num_frames[clip]} frames; {outcome.message})"
+        names = [name for name in self.engine.gather_objects(mine) if name is not None]
         return f"clip {name_some(names)} does not fit into memory, not even alone"
 
     def _count(self, share: StepShare, outcome: StepOutcome, rate: float, seconds: float) -> None:

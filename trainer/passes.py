@@ -54,6 +54,8 @@ class Passes:
         """Times that memory ran out."""
         self.incomplete = False
         """Whether the last pass broke off while its gradient was on its way."""
+        self.message = ""
+        """What was said when it ran out last."""
         self.misfit: int | None = None
         """Place in the global batch of a clip that does not fit even alone."""
         self._losses: list[Tensor] = []
@@ -145,6 +147,7 @@ class Passes:
             if not is_exhaustion(error):
                 raise
             # The traceback holds the tensors of the pass; it goes with this frame's exception.
+            self.message = str(error).partition("\n")[0][:200]
             return stage
         # Left on the device: asking for the number would wait for the pass to end, and the next one would begin late.
         self._losses.append(loss_sum.detach())

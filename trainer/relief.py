@@ -42,10 +42,10 @@ class Relief:
             say(f"started again: {rung.reason}; now with {rung.name} ({engine.name})")
             self._record({"event": "started_again", "rung": rung.name, "reason": rung.reason}, step=0, epoch=0)
 
-    def note_shortage(self, memory: FrameBudget, shortages: int, state: RunState) -> None:
+    def note_shortage(self, memory: FrameBudget, share: StepShare, shortages: int, state: RunState) -> None:
         """Lower the budget after a step in which memory ran out; the step itself was made all the same."""
         before = memory.value
-        memory.lower()
+        memory.lower(int(share.allotment.loads.max()))
         self._say(
             f"step {state.step}: memory ran out {shortages} time(s), cells were halved; the budget goes from {before} "
             f"to {memory.value} frames"

@@ -37,6 +37,8 @@ class StepOutcome:
     """Clips of this rank's micro-batches whose loss was not finite."""
     misfit: int | None
     """This rank's clip that does not fit, by its place in the global batch."""
+    message: str
+    """What this rank's library said when memory ran out last."""
 
 
 def train_step(
@@ -95,4 +97,5 @@ def train_step(
         misfits=misfits > 0,
         suspects=suspects,
         misfit=passes.misfit,
+        message=passes.message,
     )

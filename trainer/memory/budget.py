@@ -19,9 +19,9 @@ class FrameBudget:
         self.floor = min(floor, start)
         self._calm = 0
 
-    def lower(self) -> None:
-        """Note a step in which memory ran out, on whatever rank."""
-        self.value = max(self.floor, int(self.value * _LOWERED))
+    def lower(self, used: int) -> None:
+        """Note a step in which memory ran out, on whatever rank; its largest cell had at most `used` frames."""
+        self.value = max(self.floor, int(min(self.value, used) * _LOWERED))
         self._calm = 0
 
     def rise(self) -> bool:

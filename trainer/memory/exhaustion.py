@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 
 _MESSAGES = (
-    # torch's CPU allocator; cuBLAS and cuDNN when their workspaces do not fit.
+    # torch's CPU allocator; oneDNN, cuBLAS and cuDNN when their code or workspaces do not fit. oneDNN says the same
+    # of what it cannot do at all; that shows when a single clip fails too, with its message in the log.
     "can't allocate memory",
+    "could not create a primitive",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "CUDA out of memory",
