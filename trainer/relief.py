@@ -45,7 +45,7 @@ class Relief:
     def note_shortage(self, memory: FrameBudget, share: StepShare, shortages: int, state: RunState) -> None:
         """Lower the budget after a step in which memory ran out; the step itself was made all the same."""
         before = memory.value
-        memory.lower(int(share.allotment.loads.max()))
+        memory.lower(int(share.allotment.loads.max()), shortages)
         self._say(
             f"step {state.step}: memory ran out {shortages} time(s), cells were halved; the budget goes from {before} "
             f"to {memory.value} frames"

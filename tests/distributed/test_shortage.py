@@ -136,7 +136,7 @@ def test_a_real_limit_of_the_address_space_is_survived(corpus: Path, undisturbed
     flags = ["--width", "0.5", "--max_steps", "4", "--batch_size", "40", "--max_frames_per_microbatch", "100000"]
     free, limited = tmp_path / "free" / "run", tmp_path / "limited" / "run"
     run("replicated", 1, corpus, free, *RECIPE, *flags)
-    said = run("replicated", 1, corpus, limited, *RECIPE, *flags, module=worker, extra={"ROOM_MB": "120"}).stdout
+    said = run("replicated", 1, corpus, limited, *RECIPE, *flags, module=worker, extra={"ROOM_MB": "80"}).stdout
     assert "cells were halved" in said
     assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
     np.testing.assert_allclose(column(limited, "train/loss"), column(free, "train/loss"), rtol=1e-5)

@@ -58,14 +58,17 @@ def test_rungs_travel_through_the_environment() -> None:
 
 def test_the_budget_falls_below_what_was_used_and_comes_back_slowly() -> None:
     budget = FrameBudget(100_000, 300)
-    budget.lower(2000)
+    budget.lower(2000, 1)
     assert budget.value == 1500
     for _ in range(99):
         assert not budget.rise()
     assert budget.rise()
     assert budget.value == 1576
+    deep = FrameBudget(1000, 10)
+    deep.lower(1000, 35)
+    assert deep.value == int(1000 * 0.75**6)
     for _ in range(20):
-        budget.lower(budget.value)
+        budget.lower(budget.value, 1)
     assert budget.value == 300
     steps = 0
     while budget.value < budget.start:

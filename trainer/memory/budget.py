@@ -19,9 +19,11 @@ class FrameBudget:
         self.floor = min(floor, start)
         self._calm = 0
 
-    def lower(self, used: int) -> None:
-        """Note a step in which memory ran out, on whatever rank; its largest cell had at most `used` frames."""
-        self.value = max(self.floor, int(min(self.value, used) * _LOWERED))
+    def lower(self, used: int, shortages: int) -> None:
+        """Note a step whose largest cell had at most `used` frames, and in which memory ran out so many times."""
+        # Cells that had to be halved again and again say that much less would have fitted.
+        depth = shortages.bit_length()
+        self.value = max(self.floor, int(min(self.value, used) * _LOWERED**depth))
         self._calm = 0
 
     def rise(self) -> bool:
