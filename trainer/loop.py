@@ -20,6 +20,7 @@ from trainer.data.cost import COST_MODEL, CostFitter, heaviest_share
 from trainer.data.loader import EvaluationLoader, StepShare, TrainingLoader
 from trainer.data.prepare import TrainingCorpus
 from trainer.engine import Engine
+from trainer.engine.engine import count_graphs
 from trainer.errors import TrainingFailedError, name_some
 from trainer.files import write_json
 from trainer.layout import slot_frames
@@ -76,6 +77,8 @@ class TrainingRun:
         """Train to the end; return the exit code: 0, or 1 where the recipe names a target WER that was not reached."""
         self.progress.start(total=self.total_steps, done=self.state.step)
         reason = self._begin() or self._end_reason() or self._train()
+        if self.recipe.run.compile:
+            self.progress.say(f"torch.compile made {count_graphs()} graphs for the model's blocks")
         self.progress.say(self._summary(reason))
         target = self.recipe.run.target_wer
         reached = target is None or (self.state.best_wer is not None and self.state.best_wer <= target)

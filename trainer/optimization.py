@@ -18,9 +18,9 @@ def make_optimizer(model: nn.Module, recipe: OptimizationRecipe) -> torch.optim.
     ]
     rate, betas = recipe.learning_rate, recipe.betas
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=rate, momentum=betas[0])
+        return torch.optim.SGD(groups, lr=rate, momentum=betas[0], fused=recipe.fused_optimizer or None)
     kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, lr=rate, betas=betas)
+    return kind(groups, lr=rate, betas=betas, fused=recipe.fused_optimizer or None)
 
 
 def learning_rate(epochs_done: float, *, total_epochs: float, peak: float, recipe: OptimizationRecipe) -> float:

@@ -118,6 +118,8 @@ class OptimizationRecipe:
 
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     """Optimizer."""
+    fused_optimizer: bool = False
+    """Take torch's fused kernel of the optimizer: the same rule in one pass over the weights."""
     learning_rate: PositiveFloat = 3e-4
     """Peak learning rate."""
     min_lr: NonNegativeFloat = 1e-6
@@ -154,6 +156,8 @@ class RunRecipe:
     """Precision of the forward pass; CTC and softmax are always float32."""
     activation_checkpointing: bool = False
     """Keep the inputs of the model's blocks alone, and compute the rest again in the backward pass: less memory."""
+    compile: bool = False
+    """Compile the model's blocks (torch.compile, one graph each for cells of any size); needs a C++ compiler."""
     deterministic: bool = False
     """Bit-identical repetition on a GPU too, at some cost (on the CPU it is always so)."""
     log_every: PositiveInt = 50
@@ -242,6 +246,7 @@ FREE_ON_RESUME = frozenset(
         "cost_model",
         "max_frames_per_microbatch",
         "activation_checkpointing",
+        "compile",
         "stop_after_steps",
         "log_every",
         "save_every",

@@ -176,3 +176,23 @@ def test_a_clip_whose_loss_is_not_finite_is_skipped_by_all_ranks_and_named(
 def test_activation_checkpointing_changes_no_loss(single: Path, corpus: Path, tmp_path: Path, backend: str) -> None:
     run(backend, 2, corpus, tmp_path / "run", *RECIPE, *STEPS, "--activation_checkpointing", "true")
     assert_same_curve(tmp_path / "run", single)
+
+
+# Compiling.
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_curve_with_few_graphs(single: Path, corpus: Path, tmp_path: Path) -> None:
+    said = run("replicated", 1, corpus, tmp_path / "run", *RECIPE, *STEPS, "--compile", "true").stdout
+    assert_same_curve(tmp_path / "run", single)
+    [graphs] = [int(line.split(" made ")[1].split()[0]) for line in said.splitlines() if "torch.compile made" in line]
+    # 13 blocks, for training and for evaluation, whatever the sizes of the cells.
+    assert 0 < graphs <= 26
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["replicated", "zero2", "fsdp2"])
+def test_a_fused_optimizer_follows_the_same_rule(single: Path, corpus: Path, tmp_path: Path, backend: str) -> None:
+    run(backend, 2, corpus, tmp_path / "run", *RECIPE, *STEPS, "--fused_optimizer", "true", "--stop_after_steps", "9")
+    run(backend, 2, corpus, tmp_path / "run", *RECIPE, *STEPS, "--fused_optimizer", "true", "--resume", "auto")
+    assert_same_curve(tmp_path / "run", single)

@@ -57,11 +57,14 @@ class Engine(abc.ABC):
         self.loss_scale: LossScale = make_loss_scale(recipe.mixed_precision)
         self._precision = recipe.mixed_precision
         self._checkpoints_activations = recipe.activation_checkpointing
+        self._compiles = recipe.compile
         self._wrapped: PreciseModel | None = None
 
     def prepare(self, model: nn.Module, recipe: OptimizationRecipe | None) -> None:
         """Take over a model whose weights are the same on every rank; without a recipe, for evaluation alone."""
         self._wrapped = PreciseModel(model.to(self.device), self._precision, self.device)
+        if self._compiles:
+            compile_blocks(self._wrapped.blocks())
         if self._checkpoints_activations:
             checkpoint_activations(self._wrapped.blocks())
         self._prepare(self._wrapped, recipe)
@@ -129,6 +132,21 @@ class Engine(abc.ABC):
     def close(self) -> None:
         """Leave the process group."""
         self.processes.close()
+
+
+def compile_blocks(blocks: list[nn.Module]) -> None:
+    """Compile the blocks without a recurrent layer, whose kernels are compiled already, for inputs of any length."""
+    for block in blocks:
+        if not any(isinstance(module, nn.RNNBase) for module in block.modules()):
+            block.forward = torch.compile(block.forward, dynamic=True)
+
+
+def count_graphs() -> int:
+    """Count the graphs that torch.compile has made in this process."""
+    # Imported where it is used: it takes a second that a run without compiling need not spend.
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
 
 
 def checkpoint_activations(blocks: list[nn.Module]) -> None:
