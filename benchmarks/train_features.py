@@ -47,7 +47,7 @@ from trainer.data.loader import StepShare, TrainingLoader
 from trainer.data.normalization import Normalization, from_moments
 from trainer.data.opening import OpenCorpus
 from trainer.data.synthetic import SyntheticSpec, write_corpus
-from trainer.engine import Engine
+from trainer.engine import open_engine
 from trainer.observe.progress import Progress
 from trainer.recipe import CorpusRecipe, Recipe
 from trainer.signals import StopRequest
@@ -335,7 +335,7 @@ def make_recipe(args: argparse.Namespace) -> Recipe:
 def train_ours(args: argparse.Namespace) -> list[Clock]:
     """Train with this trainer; return when each step ended."""
     recipe = make_recipe(args)
-    engine = Engine(recipe.run)
+    engine = open_engine(recipe)
     run = build_run(recipe, engine, Progress(enabled=engine.is_main), StopRequest())
     watched = WatchedLoader(run.loader)
     run.loader = watched  # type: ignore[assignment]

@@ -25,6 +25,7 @@ from trainer.errors import TrainingFailedError, name_some
 from trainer.files import write_json
 from trainer.layout import slot_frames
 from trainer.memory.budget import FrameBudget
+from trainer.memory.probe import choose_budget
 from trainer.observe.progress import Progress
 from trainer.observe.red_flags import find_red_flags
 from trainer.observe.trackers import Tracker
@@ -59,12 +60,15 @@ class TrainingRun:
     relief: Relief
 
     def __post_init__(self) -> None:
-        batch, run = self.recipe.batch, self.recipe.run
+        run = self.recipe.run
         self.batch_size = self.recipe.global_batch_size(self.engine.world_size)
         self.peak = self.recipe.peak_learning_rate(self.engine.world_size)
         self.num_clips = self.loader.plan.num_clips
         longest = slot_frames(np.array([self.loader.plan.num_frames.max()]), self.loader.plan.total_stride)[0]
-        self.memory = FrameBudget(batch.max_frames_per_microbatch or batch.batch_size * int(longest), int(longest))
+        budget = choose_budget(
+            self.engine, self.loader, recipe=self.recipe, run_dir=Path(run.output_dir), say=self.progress.say
+        )
+        self.memory = FrameBudget(budget, int(longest))
         steps_per_epoch = -(-self.num_clips // self.batch_size)
         self.total_steps = min(run.epochs * steps_per_epoch, run.max_steps or run.epochs * steps_per_epoch)
         whole, rest = divmod(self.total_steps, steps_per_epoch)

@@ -23,7 +23,7 @@ def main(out: str, corpus: str, run_dir: str, budget: str) -> None:
     engine = open_engine(recipe)
     run = build_run(recipe, engine, Progress(enabled=False), StopRequest())
     steps = run.loader.steps(
-        0, 0, size=run.batch_size, rank=engine.rank, world_size=engine.world_size, budget=run.budget
+        0, 0, size=run.batch_size, rank=engine.rank, world_size=engine.world_size, budget=run.memory.value
     )
     share, cells = next(steps)
     kept = {}
