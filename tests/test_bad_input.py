@@ -224,7 +224,7 @@ def test_accumulation_in_the_environment_is_refused(
 ) -> None:
     """Accelerate would divide every gradient by it, in silence."""
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
-    assert "belongs to the recipe" in refusal(corpus, tmp_path / "run")
+    assert "accumulation is the recipe's" in refusal(corpus, tmp_path / "run")
 
 
 def test_evaluation_refuses_what_it_cannot_do_before_it_computes(corpus: Path, tmp_path: Path) -> None:

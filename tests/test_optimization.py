@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -121,7 +122,8 @@ def make_run(recipe: Recipe, *, num_clips: int, world_size: int) -> TrainingRun:
     )
     nothing = cast(Any, None)
     return TrainingRun(
-        recipe=recipe,
+        # A budget that is named is not probed for.
+        recipe=replace(recipe, batch=replace(recipe.batch, max_frames_per_microbatch=800)),
         engine=cast(Any, SimpleNamespace(world_size=world_size)),
         corpus=nothing,
         state=RunState(),
@@ -130,8 +132,9 @@ def make_run(recipe: Recipe, *, num_clips: int, world_size: int) -> TrainingRun:
         train_subset=None,
         store=nothing,
         trackers=[],
-        progress=nothing,
+        progress=cast(Any, SimpleNamespace(say=lambda text: None)),
         stop=nothing,
+        relief=nothing,
     )
 
 
