@@ -285,7 +285,7 @@ class TakingTurns:
                 self.trainer.append(_since(started))
                 if not bare_first:
                     self._take_bare_turn(share, loaded)
-                self.weights_difference = largest_difference(self.engine.model, self.bare_loop.model)
+                self.weights_difference = largest_difference(self.engine.module, self.bare_loop.model)
 
     def _take_bare_turn(self, share: StepShare, cells: list[MicroBatch]) -> None:
         # The trainer's recipe asks for determinism; a bare loop would not pay for it.
