@@ -285,7 +285,7 @@ class TakingTurns:
                 self.trainer.append(_since(started))
                 if not bare_first:
                     self._take_bare_turn(share, loaded)
-                self.weights_difference = largest_difference(self.engine.module, self.bare_loop.model)
+                self.weights_difference = relative_difference(self.engine.module, self.bare_loop.model)
 
     def _take_bare_turn(self, share: StepShare, cells: list[MicroBatch]) -> None:
         # The trainer's recipe asks for determinism; a bare loop would not pay for it.
@@ -303,10 +303,14 @@ class TakingTurns:
         return _now()
 
 
-def largest_difference(one: nn.Module, other: nn.Module) -> float:
-    """Return the largest difference between the weights of two models: whether both loops did the same work."""
-    pairs = zip(one.parameters(), other.parameters(), strict=True)
-    return max(float((a.detach() - b.detach()).abs().max()) for a, b in pairs)
+def relative_difference(one: nn.Module, other: nn.Module) -> float:
+    """Return how far the weights of two models are apart, over their norm: whether both loops did the same work.
+
+    The largest difference would not tell: Adam turns a gradient that is nothing but rounding into a step of full size.
+    """
+    pairs = list(zip(one.parameters(), other.parameters(), strict=True))
+    apart = sum(float((a.detach() - b.detach()).double().square().sum()) for a, b in pairs)
+    return math.sqrt(apart / sum(float(a.detach().double().square().sum()) for a, _ in pairs))
 
 
 def slowest_of_ranks(turns_of_ranks: Sequence[Sequence[Turn]]) -> list[Turn]:
