@@ -87,4 +87,4 @@ def test_loop_measures_both_world_sizes_on_the_same_work(tmp_path: Path) -> None
     for ranks in (1, 2):
         # The time of a small step on a shared machine says nothing; that both loops arrive at one model does.
         assert isinstance(figures[f"overhead_{ranks}"], float)
-        assert figures[f"weights_difference_{ranks}"] <= 1e-5
+        assert figures[f"weights_difference_{ranks}"] <= 1e-4
