@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -215,7 +216,9 @@ class EvaluationLoader:
         A cell is valid until the next one is asked for.
         """
         allotment = allot(slot_frames(self.num_frames, self.total_stride), world_size=world_size, budget=budget)
-        return self.cell_loader.cells(allotment.cells(rank), self._plan_cell)
+        with contextlib.closing(self.cell_loader.cells(allotment.cells(rank), self._plan_cell)) as cells:
+            yield from cells
+        self.cell_loader.pool.clear()
 
     def _plan_cell(self, cell: Indices) -> CellPlan | None:
         if not len(cell):
