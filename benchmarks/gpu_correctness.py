@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from gpu_runs import FailedError, Runner, Section, SkippedError, Trained
@@ -29,7 +31,7 @@ def check_losses(
 
     def reference() -> dict[str, Any]:
         trained = runner.train(REFERENCE, flags, section)
-        if len(trained.losses) != sizes.steps or None in trained.losses:
+        if len(trained.losses) != sizes.steps or not all(one and math.isfinite(one) for one in trained.losses):
             raise FailedError(f"expected {sizes.steps} losses, found {trained.losses}")
         references.append(trained)
         return {"losses": trained.losses} | memory_of(trained)
@@ -45,6 +47,7 @@ def check_losses(
             trained = runner.train(name, flags | {"mixed_precision": name}, section)
         else:
             trained = runner.train(name, flags, section, backend=name)
+            check_backend(trained, name)
         bar = SIXTEEN_BITS_BAR if name in PRECISIONS else float32_bar(runner)
         figures = compare(trained, references[0], bar)
         if name in PRECISIONS and trained.losses == references[0].losses:
@@ -53,7 +56,14 @@ def check_losses(
 
     section.run(REFERENCE, reference)
     for name in variants:
-        section.run(name, lambda name=name: variant(name))
+        section.run(name, partial(variant, name))
+
+
+def check_backend(trained: Trained, expected: str) -> None:
+    """Raise `FailedError` if the last step was made under another backend."""
+    found = trained.steps[-1]["backend"]
+    if found != expected:
+        raise FailedError(f"expected to run under {expected}, found {found}")
 
 
 def compare(trained: Trained, reference: Trained, bar: float) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,8 @@ from trainer.optimization import make_optimizer
 from trainer.parsing import parse_recipe
 from trainer.recipe import CorpusRecipe
 
+_SHARED_MEMORY = 10**9
+"""Bytes that batches on their way from worker processes may take; many containers have less."""
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -60,6 +63,8 @@ def main(argv: Sequence[str]) -> int:
     precision, rounds = recipe.run.mixed_precision, recipe.batch.gradient_accumulation_steps
     moments = OpenCorpus(CorpusRecipe(data_dir=recipe.corpus.data_dir), lambda _: None).moments
     assert moments is not None, "a packed corpus has the moments of its training clips"
+    shared = shutil.disk_usage("/dev/shm").free
+    workers = options.workers if shared >= _SHARED_MEMORY else 0
     clips = NpzClips(options.npz, from_moments("corpus", [moments], len(moments.mean)))
     batches = endless(
         DataLoader(
@@ -68,8 +73,8 @@ def main(argv: Sequence[str]) -> int:
             shuffle=True,
             drop_last=True,
             collate_fn=pad,
-            num_workers=options.workers,
-            persistent_workers=options.workers > 0,
+            num_workers=workers,
+            persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
         )
     )
@@ -87,10 +92,12 @@ def main(argv: Sequence[str]) -> int:
             batch = next(batches)
             waited += time.perf_counter() - asked
             frames += int(batch["num_frames"].sum())
-            moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+            # Lengths stay on the host, where CTC asks for them.
+            for name in ("features", "classes"):
+                batch[name] = batch[name].to(device, non_blocking=True)
             with torch.autocast(device.type, _DTYPES.get(precision), enabled=precision != "no"):
-                logits = model(moved["features"])
-            scaler.scale(padded_loss(logits, moved) / rounds).backward()
+                logits = model(batch["features"])
+            scaler.scale(padded_loss(logits, batch) / rounds).backward()
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), recipe.optimization.gradient_clip)
         scaler.step(optimizer)
@@ -102,6 +109,7 @@ def main(argv: Sequence[str]) -> int:
         "clips_per_second": done / seconds,
         "frames_per_second": frames / seconds,
         "data_wait_fraction": waited / seconds,
+        "workers": workers,
         "peak_bytes": int(memory_figures(device)["memory/peak_mb"] * 1e6),
     }
     print(json.dumps(figures))
@@ -111,7 +119,7 @@ def main(argv: Sequence[str]) -> int:
 def endless(loader: DataLoader[object]) -> Iterator[dict[str, Tensor]]:
     """Yield batches, epoch after epoch."""
     while True:
-        yield from loader  # type: ignore[misc]
+        yield from loader
 
 
 def now(device: torch.device) -> float:

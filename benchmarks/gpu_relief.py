@@ -9,21 +9,22 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gpu_correctness import compare, float32_bar
+from gpu_correctness import check_backend, compare, float32_bar
 from gpu_runs import ROOT, FailedError, Runner, Section, SkippedError
 from gpu_sizes import Sizes
 
 _CPU_ROOM, _CPU_FRAMES = 60_000_000, 1000
 """Bytes of address space left to a step on a CPU, and frames of the clips of which it holds a few and not all."""
 _APART = 0.9
-"""The rung must need at most this share of what runs out."""
+"""The rung must need at most this share of the limit."""
 _LIMIT_FROM = 1
 """The first step makes the optimizer's states."""
-_LONG_CLIPS, _LONG_FRAMES, _LONG_FEATURES, _LONG_GLOSSES = 8, 12_000, 32, 20
+_LONG_CLIPS, _LONG_FEATURES, _LONG_GLOSSES = 8, 32, 20
 _NEEDS_GPU = "needs a GPU: on a CPU only the address space can be limited, which is too coarse for this"
 _OFFLOAD = ROOT / "ds_configs" / "zero2_offload.json"
 
@@ -39,7 +40,9 @@ class Rung:
     lower: dict[str, Any]
     """Flags that it is to go on with, beside those."""
     backend: str = "replicated"
-    """Backend that it is to go on with."""
+    """Backend that it is to go on with, or a DeepSpeed configuration."""
+    name: str = "replicated"
+    """That backend, as the ladder names it."""
 
 
 def relieve(
@@ -48,7 +51,7 @@ def relieve(
     """Provoke shortages at each rung, and survive them."""
     section.run("cells halved", lambda: _halve(runner, section, sizes))
     for name, make in (("activation checkpointing", _checkpointing), ("CPU offload", _offload)):
-        section.run(name, lambda name=name, make=make: _descend(runner, section, sizes, name, make))
+        section.run(name, partial(_descend, runner, section, sizes, name, make))
 
 
 def _halve(runner: Runner, section: Section, sizes: Sizes) -> dict[str, Any]:
@@ -84,44 +87,53 @@ def _descend(
     folder = name.replace(" ", "_")
     before = runner.train(f"{folder}_before", rung.flags, section)
     after = runner.train(f"{folder}_after", rung.flags | rung.lower, section, backend=rung.backend)
-    figures = compare(after, before, float32_bar(runner))
+    check_backend(after, rung.name)
+    compare(after, before, float32_bar(runner))
     needs, runs_out = after.peak(), before.peak("passes")
-    if needs > _APART * runs_out:
+    start = before.peak("start")
+    # Above what the rung needs, below what a pass needs without it; and room to read the clip that does not fit.
+    limit = max((needs + runs_out) // 2, start + (runs_out - start) // 2)
+    if needs > _APART * limit:
         raise SkippedError(
             f"a pass takes {runs_out / 1e6:.0f} MB before and {needs / 1e6:.0f} MB after: no limit lies safely between"
         )
-    limit = (needs + runs_out) // 2
     limited = runner.train(f"{folder}_limited", rung.flags, section, limit=limit, limit_from=_LIMIT_FROM)
     taken = [event["rung"] for event in limited.events if event["event"] == "started_again"]
     if taken != [rung.title]:
         raise FailedError(
             f"expected one start again, with {rung.title}; found {taken or 'none'} ({limit / 1e6:.0f} MB)"
         )
+    check_backend(limited, rung.name)
     figures = compare(limited, before, float32_bar(runner))
     return figures | {"limit_bytes": limit, "before_bytes": runs_out, "after_bytes": needs}
 
 
 def _checkpointing(runner: Runner, sizes: Sizes) -> Rung:
-    """Have clips whose activations dwarf the weights."""
-    corpus = write_long_clips(runner.folder / "long")
-    model = {"width": 0.25, "rnn_size": 64, "rnn_layers": 1, "data_dir": corpus, "learning_rate": 1e-4}
-    flags = sizes.flags(runner, **model, batch_size=4, gradient_accumulation_steps=1)
-    # A budget that no clip fits: every clip is a cell of its own.
-    flags |= {"max_frames_per_microbatch": 1, "max_steps": 4}
+    """Have activations that dwarf the weights."""
+    corpus = write_long_clips(runner.folder / "longest", frames=12_000)
+    flags = _one_by_one(runner, sizes, corpus) | {"width": 0.25, "rnn_size": 64, "rnn_layers": 1}
     return Rung(title="activation checkpointing", flags=flags, lower={"activation_checkpointing": "true"})
 
 
 def _offload(runner: Runner, sizes: Sizes) -> Rung:
-    """Have optimizer states that dwarf the activations."""
+    """Have optimizer states that dwarf the activations, which still are more than reading a clip takes."""
     if importlib.util.find_spec("deepspeed") is None:
         raise SkippedError("DeepSpeed is not installed")
     if not _OFFLOAD.exists():
         raise SkippedError(f"{_OFFLOAD.relative_to(ROOT)}, the rung's configuration, is not there")
-    flags = sizes.flags(runner, max_frames_per_microbatch=1, max_steps=4, activation_checkpointing="true")
-    return Rung(title="CPU offload", flags=flags, lower={}, backend=str(_OFFLOAD))
+    corpus = write_long_clips(runner.folder / "long", frames=4_000)
+    model = {"width": 1.0, "rnn_size": 1280, "rnn_layers": 2, "activation_checkpointing": "true"}
+    flags = _one_by_one(runner, sizes, corpus) | model
+    return Rung(title="CPU offload", flags=flags, lower={}, backend=str(_OFFLOAD), name="zero2_offload")
 
 
-def write_long_clips(out: Path, *, frames: int = _LONG_FRAMES) -> Path:
+def _one_by_one(runner: Runner, sizes: Sizes, corpus: Path) -> dict[str, Any]:
+    """Return flags by which every clip is a cell of its own: a budget that none of them fits."""
+    batch = {"batch_size": 4, "gradient_accumulation_steps": 1, "max_frames_per_microbatch": 1, "max_steps": 4}
+    return sizes.flags(runner, data_dir=corpus, learning_rate=1e-4, **batch)
+
+
+def write_long_clips(out: Path, *, frames: int) -> Path:
     """Write a corpus of a few very long training clips, and of short ones for the rest."""
     draws = np.random.default_rng(5)
     (out / "annotations").mkdir(parents=True)

@@ -1,7 +1,7 @@
 """Train as `trainer.train` does, measuring every step, with memory limited for real where the environment says.
 
 GPU_BENCHMARK_REPORT: where to write a JSON list with an entry for each attempt at a step: `end` (clock, in seconds),
-`clips`, `frames`, `start` (bytes in use before it), `passes` (most bytes in use until the optimizer's turn), `peak` and
+`backend` (as the ladder names it), `clips`, `frames`, `start` (bytes in use before it), `passes` (most bytes in use until the optimizer's turn), `peak` and
 `reserved` (most bytes in use, and held by the allocator). GPU_BENCHMARK_LIMIT: bytes that may be used from step
 GPU_BENCHMARK_LIMIT_FROM on: on a CUDA device in all, of what the allocator may take from the device; on a CPU in each
 step beyond what is mapped when it begins, since address space runs out for threads too, and between steps some start.
@@ -80,7 +80,8 @@ class Watch:
             resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
         _, peak, reserved = in_use(engine.device)
         figures = {"start": self._start, "passes": self._passes or peak, "peak": peak, "reserved": reserved}
-        self._steps.append({"end": time.perf_counter(), "clips": clips, "frames": frames, **figures})
+        counts = {"backend": engine.rung, "clips": clips, "frames": frames}
+        self._steps.append({"end": time.perf_counter(), **counts, **figures})
 
     def write(self) -> None:
         """Write the report; of a run that started itself again, the last attempt is left."""
@@ -112,7 +113,7 @@ def set_limit(device: torch.device, limit: int) -> None:
         # What is cached stays usable whatever the limit.
         torch.cuda.empty_cache()
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), torch.cuda.current_device())
         return
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + limit, resource.getrlimit(resource.RLIMIT_AS)[1]))

@@ -38,8 +38,8 @@ OUT appears when all of it is on the disk. Until then everything lies in OUT.pac
 same command goes on where it was. Exit codes: 0 packed, 2 a mistake in the input or no room, 130 stopped.""",
     )
     add = parser.add_argument
-    add("source", type=Path, metavar="SOURCE", help="corpus with a folder of <id>.npz files per split")
-    add("out", type=Path, metavar="OUT", help="folder to create")
+    add("source", metavar="SOURCE", help="corpus with a folder of <id>.npz files per split")
+    add("out", metavar="OUT", help="folder to create")
     add(
         "--annotations",
         default="",
@@ -87,9 +87,19 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(f"--shard_mb: expected a size above 0, found {options.shard_mb:g}; 512 suits most disks")
     if options.workers < 0:
         raise InputError(f"--workers: expected 1 or more, found {options.workers}; leave it out to use all cores")
+    for name, place in (("SOURCE", options.source), ("OUT", options.out)):
+        if "://" in place:
+            raise InputError(
+                f"{name}: expected a folder, found the address {place}; pack from a folder into a folder, then copy "
+                "OUT to where it shall lie (aws s3 sync OUT s3://…)"
+            )
+    if Path(options.out).resolve().is_relative_to(Path(options.source).resolve()):
+        raise InputError(f"OUT: {options.out} lies inside SOURCE; choose a folder beside it")
+    if is_packed(Path(options.source)):
+        raise InputError(f"SOURCE: {options.source} is packed already; name the corpus it was packed from")
     spec = PackSpec(
-        source=options.source,
-        out=options.out,
+        source=Path(options.source),
+        out=Path(options.out),
         annotations=options.annotations,
         splits=tuple(name.strip() for name in options.splits.split(",") if name.strip()),
         dtype=options.dtype,
@@ -142,7 +152,8 @@ def _summarize(packed: Packed, seconds: float) -> str:
     rows: list[tuple[str, ...]] = [("split", "clips", "frames", "MB before", "MB after", "ratio")]
     before = {split: sum(c.source.stat().st_size for c in clips) for split, clips in packed.source.splits.items()}
     after = {
-        split: entry.index.bytes + sum(s.bytes for s in manifest.shards if s.name.startswith(f"shards/{split}-"))
+        split: entry.index.bytes
+        + sum(s.bytes for s in manifest.shards if s.name.rpartition("-")[0] == f"shards/{split}")
         for split, entry in manifest.splits.items()
     }
     for split, entry in manifest.splits.items():

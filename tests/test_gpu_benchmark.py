@@ -49,13 +49,13 @@ def parts(report: dict[str, Any], section: str) -> dict[str, Any]:
 
 
 def test_losses_are_compared_and_the_report_is_written(tmp_path: Path) -> None:
-    flags = ("--sections", "correctness", "--variants", "bf16", "--out", "gpu.json", "--markdown", "gpu.md")
+    flags = ("--sections", "correctness", "--variants", "bf16", "fsdp2", "--out", "gpu.json", "--markdown", "gpu.md")
     done, report = measure(tmp_path, *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "gpu.json").read_text()) == report
     assert report["status"] == "ok"
     found = parts(report, "correctness")
-    assert set(found) == {"fp32", "bf16"}
+    assert set(found) == {"fp32", "bf16", "fsdp2"}
     assert 0 < found["bf16"]["figures"]["largest_difference"] <= 2e-2
     assert found["fp32"]["figures"]["peak_bytes"] > 0
     assert "| bf16 |" in (tmp_path / "gpu.md").read_text()
@@ -133,8 +133,15 @@ def test_losses_that_differ_or_are_no_number_fail(runs: ModuleType) -> None:
             compare(trained(runs, losses), reference, 1e-3)
 
 
+def test_a_run_under_another_backend_than_asked_for_fails(runs: ModuleType) -> None:
+    check_backend = importlib.import_module("gpu_correctness").check_backend
+    check_backend(trained(runs, [4.0]), "replicated")
+    with pytest.raises(runs.FailedError, match="expected to run under zero2, found replicated"):
+        check_backend(trained(runs, [4.0]), "zero2")
+
+
 def trained(runs: ModuleType, losses: list[float | None]) -> Any:
-    return runs.Trained(losses=losses, waits=[], steps=[], events=[], output="")
+    return runs.Trained(losses=losses, waits=[], steps=[{"backend": "replicated"}], events=[], output="")
 
 
 def test_long_clips_are_a_corpus_that_fits_ctc(tmp_path: Path) -> None:

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from launch.pack import main as pack_command
 from tests.conftest import ROOT, environment
 from tests.data.test_pack import files_of
 from trainer.data.synthetic import SyntheticSpec, write_corpus
+from trainer.errors import InputError
 
 FLAGS = ["--shard_mb", "0.3", "--dtype", "float32"]
 SCANNED, WRITTEN = "scan/*.safetensors", "written/*.safetensors"
@@ -240,3 +242,17 @@ def test_help_does_not_wait_for_torch() -> None:
     )
     assert done.returncode == 0
     assert "OUT.packing" in done.stdout
+
+
+def test_places_that_cannot_be_packed_from_or_to_are_refused(corpus: Path, tmp_path: Path) -> None:
+    for source, out, message in (
+        (str(corpus), "s3://bucket/corpus", "OUT: expected a folder, found the address s3://bucket/corpus"),
+        ("s3://bucket/corpus", str(tmp_path / "out"), "SOURCE: expected a folder, found the address"),
+        (str(corpus), str(corpus / "train" / "out"), "OUT: .* lies inside SOURCE"),
+    ):
+        with pytest.raises(InputError, match=message):
+            pack_command([source, out])
+    packed = tmp_path / "packed"
+    assert pack_command([str(corpus), str(packed), "--workers", "1", "--splits", "train"]) == 0
+    with pytest.raises(InputError, match="is packed already; name the corpus it was packed from"):
+        pack_command([str(packed), str(tmp_path / "again")])

@@ -201,7 +201,11 @@ def _check_corpus(
                 "start a new --output_dir (--init_from keeps the weights)"
             )
         if resumed.state.files_hash != corpus.files_hash:
-            progress.say("warning: the feature files changed since the last attempt; all were checked again")
+            checked = "its records have checksums" if corpus.is_packed else "all were checked again"
+            progress.say(
+                "warning: the features are not those of the last attempt (changed, packed anew, or another dtype); "
+                f"{checked}, but values may differ from those the run has seen"
+            )
     if engine.world_size > len(corpus.train):
         raise InputError(
             f"{recipe.corpus.data_dir}: {len(corpus.train)} training clips for {engine.world_size} ranks; start at "

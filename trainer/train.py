@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -18,6 +19,8 @@ from trainer.signals import StopRequest
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, run, close; return the exit code. Raises `InputError` before anything is written."""
+    # Should a shard be cut short in the very moment it is read, the stack at least tells where.
+    faulthandler.enable()
     recipe = parse_recipe(sys.argv[1:] if argv is None else argv, "python -m trainer.train")
     try:
         return _train(recipe)

@@ -792,3 +792,32 @@ def test_open_store_takes_what_the_location_needs(
     assert held(tmp_path / "home" / "signscale") == 100
     with pytest.raises(InputError, match="cache_gb"):
         open_store(URL, cache_gb=0)
+
+
+def test_a_record_is_seen_where_it_lies_until_its_file_changes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "is_on_local_disk", lambda path: True)
+    store = LocalStore(folder)
+    view = store.view(SHARD, 40, 1000)
+    assert view is not None
+    assert view.readonly
+    assert bytes(view) == CONTENT[40:1040]
+    assert store.view(SHARD, len(CONTENT) - 10, 11) is None
+    # Touching what a file has lost kills a process; from now on reading says what is wrong in words.
+    os.truncate(folder / SHARD, 500)
+    assert store.view(SHARD, 40, 100) is None
+    with pytest.raises(InputError, match="the file is cut short"):
+        read(store, 40, 1000)
+
+
+def test_records_on_a_network_are_read_and_not_mapped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mounts = (
+        "/dev/root / ext4 rw 0 0\nnas:/x /mnt/lab\\040data nfs4 rw 0 0\ntmpfs /mnt/lab\\040data/fast tmpfs rw 0 0\n"
+    )
+    monkeypatch.setattr(Path, "read_text", lambda self, encoding=None: mounts)
+    on_local_disk = store_module.is_on_local_disk.__wrapped__
+    assert on_local_disk(Path("/home/me/corpus"))
+    assert not on_local_disk(Path("/mnt/lab data/corpus"))
+    assert on_local_disk(Path("/mnt/lab data/fast"))
+    assert on_local_disk(Path("/mnt/lab database"))
+    monkeypatch.setattr(store_module, "is_on_local_disk", lambda path: False)
+    assert LocalStore(folder).view(SHARD, 0, 10) is None

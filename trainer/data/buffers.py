@@ -54,6 +54,11 @@ class BufferPool:
             if len(self._free) + self._lent > self.limit:
                 self._remove(min(self._free, key=len))
 
+    def clear(self) -> None:
+        """Let go of the buffers that wait to be lent."""
+        with self._lock:
+            self._free = []
+
     @property
     def bytes_held(self) -> int:
         """Return the bytes of the buffers that wait to be lent."""

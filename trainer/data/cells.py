@@ -103,11 +103,20 @@ class CellLoader:
         self, requests: Iterable[Request], plan: Callable[[Request], CellPlan]
     ) -> Generator[MicroBatch, None, None]:
         """Yield the micro-batches of the requests, each valid until the next one is asked for."""
-        planned: Iterator[CellPlan] = map(plan, requests)
-        with ThreadPoolExecutor(_WARMING_THREADS, thread_name_prefix="warm") as warmers:
-            if not self.split.table.is_local:
-                planned = look_ahead(planned, _WARM_CELLS, lambda cell: self._warm(cell, warmers))
-            loaded = prefetch(planned, self._load, self.num_workers, self._give_back)
+        with (
+            ThreadPoolExecutor(_WARMING_THREADS, thread_name_prefix="warm") as warmers,
+            contextlib.ExitStack() as stack,
+        ):
+            if self.split.table.is_local:
+                # Planned where it is loaded: drawing augmentation takes milliseconds that the training thread has not.
+                loaded = prefetch(
+                    requests, lambda request: self._load(plan(request)), self.num_workers, self._give_back
+                )
+            else:
+                planned = background(map(plan, requests), _WARM_CELLS)
+                stack.callback(planned.close)
+                warmed = look_ahead(planned, _WARM_CELLS, lambda cell: self._warm(cell, warmers))
+                loaded = prefetch(warmed, self._load, self.num_workers, self._give_back)
             ready = loaded if self._on_host else background(self._moved(loaded), 1, self._give_back)
             try:
                 for cell in ready:
@@ -203,11 +212,13 @@ class CellLoader:
         """Bring cells to the device, copying and transforming on a stream beside the one that computes."""
         stream = _side_stream(self.device)
         for cell in cells:
-            with stream:
-                batch = self._on_device(cell)
-            # The buffer is free for the next cell as soon as its values have left it.
-            stream.wait_for_copies()
-            self._give_back(cell)
+            try:
+                with stream:
+                    batch = self._on_device(cell)
+                # The buffer is free for the next cell as soon as its values have left it.
+                stream.wait_for_copies()
+            finally:
+                self._give_back(cell)
             yield Cell(batch=batch, buffer=None, arrive=stream.mark(batch))
 
     def _on_device(self, cell: Cell) -> MicroBatch:

@@ -28,9 +28,9 @@ MOST_OVER_IDEAL = 1.05
 _STEPS, _FEW_CLIPS, _MANY_CLIPS = 100, 1 << 14, 1 << 19
 """Measured of an epoch: so many steps, more of them if they have few clips in all, fewer if very many."""
 _SEARCH_STEPS = 16
+"""Steps that judge a shuffle window, and two whole windows at least."""
 _ALL_CLIPS = 1 << 20
 """Corpora up to this size are planned as they are; the order of 10 million clips takes most of a second to draw."""
-"""Steps that judge a shuffle window, and two whole windows at least."""
 _SAMPLE = 16
 _RANKS_CUT = 16
 """Ranks of a step whose cells are cut to find the slowest, the most loaded ones."""

@@ -205,7 +205,9 @@ class EvaluationLoader:
         A cell is valid until the next one is asked for.
         """
         allotment = allot(slot_frames(self.num_frames, self.total_stride), world_size=world_size, budget=budget)
-        return self.cell_loader.cells(allotment.cells(rank), self._plan_cell)
+        with contextlib.closing(self.cell_loader.cells(allotment.cells(rank), self._plan_cell)) as cells:
+            yield from cells
+        self.cell_loader.pool.clear()
 
     def cell(self, clips: Indices) -> contextlib.AbstractContextManager[MicroBatch]:
         """Read any clips of the split as a cell, at once."""

@@ -40,10 +40,11 @@ def prefetch(
         for request in itertools.islice(upcoming, 2 * num_workers):
             pending.append(pool.submit(load, request))
         while pending:
-            loaded = pending.popleft().result()
+            first = pending[0].result()
             for request in itertools.islice(upcoming, 1):
                 pending.append(pool.submit(load, request))
-            yield loaded
+            pending.popleft()
+            yield first
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         for future in pending:

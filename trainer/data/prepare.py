@@ -12,7 +12,7 @@ import numpy as np
 
 from trainer.data.features import ClipScan, Moments
 from trainer.data.normalization import Normalization, from_moments
-from trainer.data.opening import OpenCorpus
+from trainer.data.opening import OpenCorpus, is_packed
 from trainer.data.table import Split, shared_ids
 from trainer.data.vocabulary import Vocabulary
 from trainer.errors import InputError, name_some
@@ -49,6 +49,8 @@ class TrainingCorpus:
     normalization: Normalization
     clips_hash: str
     """Hash of the training clips in their order, with frames and glosses: what the plan is made from."""
+    is_packed: bool
+    """Whether it was packed."""
     files_hash: str
     """Hash of the state of all files: whether what was checked is what is there."""
 
@@ -109,6 +111,7 @@ def prepare_corpus(
         vocabulary=vocabulary,
         normalization=normalization,
         clips_hash=feasible.hash_clips(),
+        is_packed=is_packed(recipe.data_dir),
         files_hash=files_hash,
     )
 

@@ -162,9 +162,11 @@ class Split:
             cut: Stored = self.table.read(row, whole, verify=verify)[:num_frames]
             return cut
         except InputError as error:
+            name = self.id(index)
+            named = InputError([part if name in part else f"clip {name}: {part}" for part in error.problems])
             # The rank that has the clip is the only one to know.
-            error.local = True
-            raise
+            named.local = True
+            raise named from None
 
 
 class FolderTable:

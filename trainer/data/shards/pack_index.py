@@ -59,9 +59,9 @@ def index_file(
 ) -> bytes:
     """Return a split's index; `shards` are those of the split by their place in the manifest's list."""
     places = {gloss: place for place, gloss in enumerate(glosses)}
-    signers = sorted({clip.signer for clip in clips})
+    signers = {name: place for place, name in enumerate(sorted({clip.signer for clip in clips}))}
     ids, id_end = join_strings([clip.id for clip in clips])
-    signer_names, signer_name_end = join_strings(signers)
+    signer_names, signer_name_end = join_strings(list(signers))
     columns: Columns = {
         "shard": np.concatenate([np.full(len(shard.offsets), place) for place, shard in shards.items()]),
         "offset": np.concatenate([shard.offsets for shard in shards.values()]),
@@ -70,7 +70,7 @@ def index_file(
         "checksum": checksums,
         "key": clip_keys([clip.id for clip in clips]),
         "digest": np.array([clip_digest(clip.id, clip.num_frames, clip.glosses) for clip in clips], np.uint64),
-        "signer": np.array([signers.index(clip.signer) for clip in clips]),
+        "signer": np.array([signers[clip.signer] for clip in clips]),
         "id_end": id_end,
         "gloss_end": np.cumsum([len(clip.glosses) for clip in clips]),
         "source_bytes": source_bytes,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import re
 import threading
 import weakref
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -63,7 +65,7 @@ class LocalStore:
         self.location = str(folder)
         self._folder = folder
         self._files: dict[str, _File] = {}
-        self._maps = is_on_local_disk(folder)
+        self._maps = True
         self.after_fork()
         reset_after_fork(self)
 
@@ -89,13 +91,14 @@ class LocalStore:
     def view(self, name: str, offset: int, length: int) -> memoryview | None:
         """Return these bytes in the kernel's own copy of the file: a fifth of the time of a record goes into copying.
 
-        Not on a network's file system, where a fault in the middle of a mapping would kill the process.
+        Not on a network's file system, where a fault in the middle of a mapping would kill the process, and not of a
+        file that changed since it was opened: shards must not be rewritten in place while a run reads them.
         """
         if not self._maps:
             return None
         try:
             file = self._open(name)
-            if os.fstat(file.descriptor).st_size < offset + length:
+            if not file.is_local or not file.is_as_opened() or file.size < offset + length:
                 # What lies beyond the end of a file must not be touched; reading says so in words.
                 return None
             return file.mapping()[offset : offset + length]
@@ -136,7 +139,8 @@ class LocalStore:
         file = self._files.get(name)
         if file is None:
             # Outside the lock: on a shared file system it takes milliseconds, and other threads need other files.
-            file = _File(os.open(self._folder / name, os.O_RDONLY))
+            path = self._folder / name
+            file = _File(os.open(path, os.O_RDONLY), is_local=is_on_local_disk(path.resolve().parent))
             with self._lock:
                 while len(self._files) >= _MOST_OPEN:
                     del self._files[next(iter(self._files))]
@@ -147,9 +151,16 @@ class LocalStore:
 class _File:
     """An open file, which closes when its last reader lets it go."""
 
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
+    def __init__(self, descriptor: int, *, is_local: bool) -> None:
+        self.descriptor, self.is_local = descriptor, is_local
         self._view: memoryview | None = None
+        status = os.fstat(descriptor)
+        self.size, self._changed = status.st_size, status.st_mtime_ns
+
+    def is_as_opened(self) -> bool:
+        """Tell whether nobody has written to the file since."""
+        status = os.fstat(self.descriptor)
+        return (status.st_size, status.st_mtime_ns) == (self.size, self._changed)
 
     def mapping(self) -> memoryview:
         """Map the whole file."""
@@ -161,14 +172,17 @@ class _File:
         os.close(self.descriptor)
 
 
+@lru_cache(maxsize=64)
 def is_on_local_disk(folder: Path) -> bool:
     """Tell whether a folder's file system belongs to this machine; one that is not known to does not."""
-    path, best, kind = str(folder.resolve()), "", ""
+    path, best, kind = str(folder), "", ""
     try:
         mounts = Path("/proc/mounts").read_text(encoding="utf-8").splitlines()
     except OSError:
         return False
-    for place, found in (line.split()[1:3] for line in mounts):
+    for escaped, found in (line.split()[1:3] for line in mounts):
+        # The kernel writes blanks in names as octal numbers.
+        place = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), escaped)
         inside = place == "/" or path == place or path.startswith(f"{place}/")
         if inside and len(place) >= len(best):
             best, kind = place, found
