@@ -1,10 +1,12 @@
 """Train as `trainer.train` does, measuring every step, with memory limited for real where the environment says.
 
 GPU_BENCHMARK_REPORT: where to write a JSON list with an entry for each attempt at a step: `end` (clock, in seconds),
-`backend` (as the ladder names it), `clips`, `frames`, `start` (bytes in use before it), `passes` (most bytes in use until the optimizer's turn), `peak` and
-`reserved` (most bytes in use, and held by the allocator). GPU_BENCHMARK_LIMIT: bytes that may be used from step
-GPU_BENCHMARK_LIMIT_FROM on: on a CUDA device in all, of what the allocator may take from the device; on a CPU in each
-step beyond what is mapped when it begins, since address space runs out for threads too, and between steps some start.
+`backend` (as the ladder names it), `clips`, `frames`, `start` (bytes in use before it), `passes` (most bytes in use
+until the optimizer's turn), `peak` and `reserved` (most bytes in use, and held by the allocator).
+
+GPU_BENCHMARK_LIMIT: bytes that may be used from step GPU_BENCHMARK_LIMIT_FROM on. On a CUDA device in all, of what the
+allocator may take from the device; on a CPU in each step beyond what is mapped when it begins, since address space runs
+out for threads too, and between steps some start.
 """
 
 from __future__ import annotations

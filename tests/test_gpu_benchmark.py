@@ -6,6 +6,7 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -118,9 +119,20 @@ def test_a_run_that_hangs_is_ended_with_what_it_started(runs: ModuleType, tmp_pa
     assert "begun" in part.why
     # No time is left for another one, and it is not passed over in silence.
     assert "were used up" in section.run("next", lambda: {"left": section.left()}).why
-    child = Path(f"/proc/{part.why.split()[-1]}/stat")
-    # Gone, or dead and not yet taken note of.
-    assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"
+    assert is_gone(int(part.why.split()[-1]))
+
+
+def is_gone(process: int) -> bool:
+    """Tell whether a process that was just killed has ended; dead and not yet taken note of counts."""
+    for _ in range(100):
+        try:
+            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def test_losses_that_differ_or_are_no_number_fail(runs: ModuleType) -> None:
