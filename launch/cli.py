@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pack": ("launch.pack", "pack a feature corpus into shards that train faster"),
     "synth": ("launch.synth", "write a synthetic corpus"),
     "plan": ("launch.plan", "show what steps a recipe makes of a corpus on any number of ranks"),
+    "estimate": ("launch.estimate", "show what a recipe needs of memory under each backend, and what fits"),
     "score": ("launch.score", "score a hypothesis file against a reference file"),
 }
 

@@ -28,11 +28,16 @@ def run_probe(tmp_path: Path, corpus: Path, world_size: int = 1, **settings: Any
     return [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(world_size)]
 
 
-def test_real_exhaustion_is_survived_and_the_budget_fits(corpus: Path, tmp_path: Path) -> None:
+def test_real_exhaustion_is_survived_and_the_budget_fits(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # oneDNN keeps address space for each shape that it has met, 25 MB a cell here, up to a thousand operations.
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
     wide = ["--width", "0.5", "--rnn_size", "64", "--rnn_layers", "1", "--trackers", "[]"]
     (found,) = run_probe(tmp_path, corpus, flags=wide, address_mb=400, goal=40_000)
     assert any(not one["fits"] for one in found["passes"]), found
-    assert found["floor"] < found["budget"] < 40_000
+    # A pass of 4,096 frames fits; what ran out before must not stand in its way.
+    assert 2000 < found["budget"] < 40_000
     assert found["fits"]
     assert found["fits_again"]
     assert found["again"] > 0.8 * found["budget"]

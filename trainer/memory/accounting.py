@@ -16,7 +16,10 @@ import torch
 
 _SAMPLE_SECONDS = 0.002
 _FRAGMENTED = 0.25
-_CGROUP_ROOT = Path("/sys/fs/cgroup")
+_CGROUP_ROOT, _CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+# Numbers of glibc's malloc.h.
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
+_LARGE = 1 << 17
 _NO_LIMIT = 1 << 60
 """What a cgroup without a limit says is near 2^63."""
 
@@ -83,6 +86,19 @@ def trim() -> None:
     """Give freed host memory back to the system, so that what is resident is what is used (glibc alone can)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def spare_address_space() -> None:
+    """Where address space is limited, have large tensors' memory given back as soon as they are gone (glibc alone can).
+
+    glibc otherwise keeps it in pieces that fit no larger tensor: after memory ran out once, a pass of a tenth of the
+    size ran out too. It costs time, and no other limit needs it.
+    """
+    if _address_limit() is not None:
+        with contextlib.suppress(OSError, AttributeError):
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+            libc.mallopt(_M_ARENA_MAX, 1)
 
 
 class PeakMeter:
@@ -217,7 +233,7 @@ def _machine_memory() -> int | None:
 def _cgroup_limits() -> Iterator[int]:
     """Yield the memory limits of this process's cgroup and of those above it, versions 1 and 2."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = _CGROUPS.read_text().splitlines()
     except OSError:
         return
     for line in lines:

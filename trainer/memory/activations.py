@@ -17,8 +17,8 @@ from trainer.memory.static import ModelSize
 from trainer.models.build import build_model
 from trainer.recipe import Recipe
 
-_CELLS = ((16,), (96,), (48, 48), (64, 8, 8, 8))
-"""Clips of the counted cells: enough to tell slots, padding and what is fixed apart."""
+_CELLS = ((8,), (48,), (24, 24), (32, 4, 4, 4))
+"""Clips of the counted cells in output frames: enough to tell slots, padding and what is fixed apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ def count_activations(recipe: Recipe, *, feature_dim: int, num_classes: int, che
     stride = recipe.model.total_stride
     loads, peaks, saved = [], [], 0.0
     for clips in _CELLS:
-        num_frames = np.array([frames * stride for frames in clips], dtype=np.int64) // 4 * 2
+        num_frames = np.array(clips, dtype=np.int64) * stride
         cell = random_cell(
             num_frames,
             total_stride=stride,

@@ -23,7 +23,15 @@ from trainer.data.loader import TrainingLoader
 from trainer.engine import Engine
 from trainer.files import write_json
 from trainer.layout import slot_frames
-from trainer.memory.accounting import PeakMeter, capacity, device_name, fragmentation, granted, is_limited
+from trainer.memory.accounting import (
+    PeakMeter,
+    capacity,
+    device_name,
+    fragmentation,
+    granted,
+    is_limited,
+    spare_address_space,
+)
 from trainer.memory.cells import load_of, random_cell, run_pass
 from trainer.memory.exhaustion import free_memory, is_exhaustion
 from trainer.memory.model import Load, MemoryModel, fit
@@ -145,6 +153,7 @@ class _Probe:
     def run(self, goal: int) -> ProbeResult:
         """Probe, and forget all gradients."""
         self._engine.training(True)
+        spare_address_space()
         try:
             # Loads what a first pass loads. The gradient stays until the end: a step has one, after its first pass.
             self._attempt(np.array([self._loader.plan.total_stride], dtype=np.int64), counts=False)
@@ -181,6 +190,9 @@ class _Probe:
             if budget == floor:
                 return floor, False
             budget = max(floor, int(budget * _SHRINK))
+        if not all(one.fits for one in self._passes):
+            # The edge was found by going over it, with no figure of the room left: training has cells of other shapes.
+            budget = max(floor, int(budget * (1.0 - self._margin)))
         return budget, True
 
     def _cells(self, budget: int) -> list[Indices]:

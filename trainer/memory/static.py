@@ -172,19 +172,20 @@ def _zero3(
     """
     block, largest = model.largest_block * _FLOAT32, model.largest_weight * _FLOAT32
     gathered = min(whole, max(block, backend.reuse * _FLOAT32))
-    passes = gathered + block + 2 * largest
+    # The bucket is there from the start to the end.
+    passes = gathered + block + 2 * largest + buffer
     if backend.offload_optimizer:
         weights = 0 if backend.offload_weights else part
         host = (2 + slots + int(scratch > 0) * 2) * part + (part if backend.offload_weights else 0)
         return StaticMemory(
             parameters=weights,
             gradients=0,
-            optimizer=buffer,
+            optimizer=0,
             in_passes=passes,
-            in_update=part,
+            in_update=part + buffer,
             host=host,
         )
-    return _on_device(2 * part, part, slots * part + buffer, passes, int((1 + scratch) * part))
+    return _on_device(2 * part, part, slots * part, passes, int((1 + scratch) * part) + buffer)
 
 
 def _fsdp2(model: ModelSize, backend: Backend, part: int, slots: int, scratch: float, world_size: int) -> StaticMemory:

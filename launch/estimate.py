@@ -1,0 +1,350 @@
+"""`signscale estimate`: what a recipe needs of memory under each backend, before a GPU is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from launch.lengths import Lengths, read_length_table, read_lengths
+from launch.plan import make_plan
+from trainer.errors import InputError, exit_on_input_error
+from trainer.options import OptionParser
+from trainer.recipe import Recipe, combination_problems
+
+# What needs torch is imported once the command line is known to be right.
+if TYPE_CHECKING:
+    from trainer.memory.activations import Counted
+    from trainer.memory.static import Backend, StaticMemory
+    from trainer.memory.worst import WorstCells
+
+_MARGIN = 0.1
+_CONFIGURATIONS = Path(__file__).resolve().parents[1] / "ds_configs"
+_ZERO = {
+    "ZeRO-1": ("zero1", {"stage": 1}),
+    "ZeRO-2": ("zero2", {"stage": 2}),
+    "ZeRO-3": ("zero3", {"stage": 3}),
+    "ZeRO-2, CPU offload": ("zero2_offload", {"stage": 2, "offload_optimizer": {"device": "cpu"}}),
+    "ZeRO-3, CPU offload": (
+        "zero3_offload",
+        {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+    ),
+}
+"""The shipped configuration of each, and what stands in where there is none."""
+_HEADINGS = (
+    *("ranks", "backend", "parameters", "gradients", "optimizer", "buffers"),
+    *("activations", "sum", "host", "fits"),
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print what a recipe needs under each backend; raises `InputError` for a user's mistake."""
+    options, recipe = _parse(argv)
+    if options.lengths:
+        lengths = read_length_table(options.lengths, options.feature_dim, options.vocabulary)
+    else:
+        lengths = read_lengths(recipe.corpus)
+    report = make_report(options, recipe, lengths)
+    print(json.dumps(report, indent=1, allow_nan=False) if options.json else _format(report))
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """What passes take, with activation checkpointing off and on; None where that was not measured."""
+
+    plain: Counted | None
+    checkpointed: Counted | None
+
+    def bytes(self, slots: int, padding: float, *, checkpointing: bool) -> float | None:
+        """Return what a pass over so many slots takes."""
+        from trainer.memory.model import Load
+
+        counted = self.checkpointed if checkpointing else self.plain
+        return None if counted is None else counted.passes.peak(Load(slots=slots, padded=round(slots * padding)))
+
+
+def make_report(options: argparse.Namespace, recipe: Recipe, lengths: Lengths) -> dict[str, Any]:
+    """Work out what is printed: the model, its passes, and a row per backend and world size."""
+    if lengths.feature_dim is None or lengths.num_classes is None:
+        raise InputError(
+            f"{lengths.source}: the size of the model is not known; give --feature_dim D and --vocabulary V, which a "
+            "table of lengths does not say"
+        )
+    plan = make_plan(recipe, lengths)
+    # torch takes seconds, and is not needed to refuse a corpus.
+    from trainer.layout import slot_frames
+    from trainer.memory.activations import count_activations, size_of
+    from trainer.memory.worst import find_worst
+
+    dim, classes = lengths.feature_dim, lengths.num_classes
+    size = size_of(recipe, feature_dim=dim, num_classes=classes)
+    plain, checkpointed = (
+        count_activations(recipe, feature_dim=dim, num_classes=classes, checkpointing=on) if options.measure else None
+        for on in (False, True)
+    )
+    passes = Passes(plain=plain, checkpointed=checkpointed)
+    longest = int(slot_frames(np.array([plan.num_frames.max()]), plan.total_stride)[0])
+    budget = int(recipe.batch.max_frames_per_microbatch or recipe.batch.batch_size * longest)
+    capacity = None if options.device_gb is None else int(options.device_gb * 1e9)
+    rows, recommendations = [], []
+    for world_size in options.world_size:
+        worst = find_worst(plan, size=recipe.global_batch_size(world_size), world_size=world_size, budget=budget)
+        # A budget beyond what a rank has in a step is never used.
+        slots = max(min(budget, worst.most), worst.floor)
+        shares = {name: _static(size, backend, recipe, world_size) for name, backend in backends(world_size).items()}
+        for name, static in shares.items():
+            taken = passes.bytes(slots, worst.padding, checkpointing=recipe.run.activation_checkpointing)
+            rows.append(_row(name, world_size, static, taken, capacity))
+        recommendations.append(
+            {"world_size": world_size, **_recommend(shares, passes, worst, slots, budget, capacity, recipe)}
+        )
+    chosen = passes.checkpointed if recipe.run.activation_checkpointing else passes.plain
+    return {
+        "source": lengths.source,
+        "parameters": size.total,
+        "largest_block": size.largest_block,
+        "optimizer": recipe.optimization.optimizer,
+        "mixed_precision": recipe.run.mixed_precision,
+        "activation_checkpointing": recipe.run.activation_checkpointing,
+        "budget": budget,
+        "longest_clip": longest,
+        "device_bytes": capacity,
+        "margin": _MARGIN,
+        "measured": None if chosen is None else chosen.passes.to_json() | {"saved_per_slot": chosen.saved_per_slot},
+        "shipped_configurations": sorted(path.name for path in _CONFIGURATIONS.glob("*.json")),
+        "rows": rows,
+        "recommendations": recommendations,
+    }
+
+
+def backends(world_size: int) -> dict[str, Backend]:
+    """Return the backends that are worth asking about on so many ranks, by name, from the top of the ladder down."""
+    from trainer.memory.static import Backend, zero_backend
+
+    found = {"data parallel": Backend(kind="replicated")}
+    for name, (file, fallback) in _ZERO.items():
+        if world_size == 1 and "offload" not in name:
+            # Nothing is shared on a single rank.
+            continue
+        path = _CONFIGURATIONS / f"{file}.json"
+        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"zero_optimization": fallback}
+        found[name] = zero_backend(config)
+    if world_size > 1:
+        found["FSDP2"] = Backend(kind="fsdp2")
+    found["FSDP2, CPU offload"] = Backend(kind="fsdp2", offload_optimizer=True)
+    return found
+
+
+def _static(size: Any, backend: Backend, recipe: Recipe, world_size: int) -> StaticMemory:
+    from trainer.memory.static import static_memory
+
+    return static_memory(
+        size, backend=backend, world_size=world_size, optimizer=recipe.optimization.optimizer, on_cuda=True
+    )
+
+
+def _row(
+    name: str, world_size: int, static: StaticMemory, activations: float | None, capacity: int | None
+) -> dict[str, Any]:
+    total = None if activations is None else static.peak(activations)
+    return {
+        "world_size": world_size,
+        "backend": name,
+        "parameters": static.parameters,
+        "gradients": static.gradients,
+        "optimizer": static.optimizer,
+        "buffers_in_passes": static.in_passes,
+        "buffers_in_update": static.in_update,
+        "activations": activations,
+        "sum": static.kept + max(static.in_passes, static.in_update) if total is None else total,
+        "host": static.host,
+        "fits": None if capacity is None or total is None else total <= capacity * (1.0 - _MARGIN),
+    }
+
+
+def _recommend(
+    shares: dict[str, StaticMemory],
+    passes: Passes,
+    worst: WorstCells,
+    slots: int,
+    budget: int,
+    capacity: int | None,
+    recipe: Recipe,
+) -> dict[str, Any]:
+    """Come down the ladder to the first rung that fits; the order is that of a run that runs out of memory."""
+    if capacity is None or passes.plain is None:
+        return {"rung": None, "why": "give --device_gb and leave --measure on"}
+    room = capacity * (1.0 - _MARGIN)
+    checkpointing = recipe.run.activation_checkpointing
+
+    def largest(name: str, *, checkpointed: bool) -> int:
+        """Return the recipe's budget or the largest that fits; 0 if not even the longest clip alone does."""
+        static = shares[name]
+        counted = passes.checkpointed if checkpointed else passes.plain
+        assert counted is not None
+        left = room - static.kept - static.in_passes
+        if left <= 0 or static.kept + static.in_update > room:
+            return 0
+        fitting = counted.passes.largest_budget(int(left), margin=0.0, padding=worst.padding)
+        if fitting >= slots:
+            return budget
+        return fitting if fitting >= worst.floor else 0
+
+    rungs: list[tuple[str, str, bool, int]] = [
+        ("data parallel", "data parallel", checkpointing, budget),
+        ("smaller budget", "data parallel", checkpointing, worst.floor),
+        ("activation checkpointing", "data parallel", True, worst.floor),
+    ]
+    rungs += [(name, name, True, worst.floor) for name in ("ZeRO-2", "ZeRO-3") if name in shares]
+    rungs += [("CPU offload", name, True, worst.floor) for name in ("ZeRO-2, CPU offload", "ZeRO-3, CPU offload")]
+    for rung, name, checkpointed, needed in rungs:
+        found = largest(name, checkpointed=checkpointed)
+        if found >= needed:
+            return {
+                "rung": rung,
+                "backend": name,
+                "activation_checkpointing": checkpointed,
+                "max_frames_per_microbatch": found,
+            }
+    return {"rung": None, "why": "nothing fits: cut long clips (--max_frames), lower --width, or take a larger device"}
+
+
+def _format(report: dict[str, Any]) -> str:
+    lines = [
+        f"{report['parameters'] / 1e6:.1f} M parameters in float32 ({report['source']}), {report['optimizer']}, "
+        f"{report['budget']} frames a micro-batch at most, the longest clip has {report['longest_clip']}",
+        "",
+    ]
+    table = [_HEADINGS, *(_cells(row) for row in report["rows"])]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines += ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
+    return "\n".join([*lines, "", *_notes(report)])
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    fits = {None: "-", True: "yes", False: "no"}[row["fits"]]
+    return (
+        f"{row['world_size']}",
+        row["backend"],
+        *(_mega(row[name]) for name in ("parameters", "gradients", "optimizer")),
+        _mega(max(row["buffers_in_passes"], row["buffers_in_update"])),
+        "-" if row["activations"] is None else _mega(row["activations"]),
+        _mega(row["sum"]),
+        _mega(row["host"]),
+        fits,
+    )
+
+
+def _mega(count: float) -> str:
+    return f"{count / 1e6:,.0f}"
+
+
+def _notes(report: dict[str, Any]) -> list[str]:
+    """Say what was measured, what is estimated, and what to do."""
+    notes = [
+        "MB per rank. buffers: gathered weights and reductions, in passes or in the update, whichever is more. sum:\n"
+        "the larger of the two moments, without the CUDA context (some 500 MB) and fragmentation. host: what CPU\n"
+        "offload keeps there, per rank."
+    ]
+    measured = report["measured"]
+    if measured is None:
+        notes.append("Activations were not measured (--no-measure): the sum leaves them out.")
+    else:
+        notes.append(
+            f"Activations: {measured['per_slot'] / 1e3:.1f} kB a frame and {measured['fixed'] / 1e6:.0f} MB a pass, "
+            "counted in passes of this model on this machine's\n"
+            "CPU, tensor by tensor, so for any device; kernels' own workspaces are not in it. The rest is estimated "
+            "from the size\nof the model and how each backend works."
+        )
+    if not report["shipped_configurations"]:
+        notes.append("ZeRO with DeepSpeed's default buffers: there is no configuration in ds_configs/.")
+    for chosen in report["recommendations"]:
+        ranks = f"{chosen['world_size']} rank(s)"
+        if chosen["rung"] is None:
+            notes.append(f"{ranks}: {chosen['why']}")
+            continue
+        flags = f"--max_frames_per_microbatch {chosen['max_frames_per_microbatch']}"
+        if chosen["activation_checkpointing"]:
+            flags += " --activation_checkpointing true"
+        notes.append(f"{ranks}: {chosen['rung']} ({chosen['backend']}, {flags})")
+    return notes
+
+
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Recipe]:
+    parser = OptionParser(
+        prog="signscale estimate",
+        description="What a recipe needs of memory under each backend and world size, and the first that fits.",
+        epilog="Takes --config FILE and every flag of `signscale train` too: --data_dir, --width, --rnn_size, "
+        "--batch_size, --max_frames_per_microbatch, --mixed_precision, --activation_checkpointing, …",
+    )
+    add = parser.add_argument
+    add("--world_size", type=_world_sizes, default=[1], metavar="W,W,…", help="numbers of ranks, as in 1,2,8")
+    add("--device_gb", type=_size, metavar="G", help="memory of each device, in 10^9 bytes: then says what fits")
+    add("--lengths", type=Path, metavar="CSV", help="columns split,num_frames[,num_glosses], in place of a corpus")
+    add("--feature_dim", type=_positive, metavar="D", help="with --lengths: features per frame")
+    add("--vocabulary", type=_positive, metavar="V", help="with --lengths: glosses")
+    add(
+        "--measure",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="count activations in passes of the real model on this machine's CPU; takes seconds (default on)",
+    )
+    add("--json", action="store_true", help="print JSON in place of the table")
+    # Imported here: it takes half a second that no other command needs.
+    from trainer.parsing import field_names, parse_recipe
+
+    options, rest = parser.parse_known_args(list(argv))
+    own = [flag for action in parser._actions for flag in action.option_strings]
+    known = [*(f"--{name}" for name in (*field_names(), "config", "print_config")), *own]
+    problems = []
+    for flag in (word.split("=")[0] for word in rest if word.startswith("--")):
+        if flag not in known:
+            nearest = difflib.get_close_matches(flag, known, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else "--help lists the options"
+            problems.append(f"{parser.prog}: unknown option {flag}; {hint}")
+    if problems:
+        raise InputError(problems)
+    recipe = parse_recipe(rest, parser.prog, check=False)
+    if options.lengths:
+        # Stands in for the corpus, which is then not asked for.
+        corpus = dataclasses.replace(recipe.corpus, data_dir=recipe.corpus.data_dir or str(options.lengths))
+        recipe = dataclasses.replace(recipe, corpus=corpus)
+    elif options.feature_dim or options.vocabulary:
+        problems.append("--feature_dim and --vocabulary: a corpus says these itself; give them with --lengths alone")
+    problems += combination_problems(recipe)
+    if problems:
+        raise InputError(problems)
+    return options, recipe
+
+
+def _world_sizes(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]
+
+
+def _positive(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
+    return int(text)
+
+
+def _size(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
+    return value
+
+
+if __name__ == "__main__":
+    exit_on_input_error(lambda: main(sys.argv[1:]))

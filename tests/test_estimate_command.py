@@ -1,0 +1,132 @@
+"""`signscale estimate` says what a recipe needs, what fits, and what it cannot know."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.cli import run
+from tests.conftest import ROOT
+from trainer.data.lengths import draw_phoenix_lengths
+from trainer.errors import InputError
+from trainer.memory import activations
+from trainer.parsing import parse_recipe
+from trainer.recipe import Recipe
+
+MODEL = ["--width", "0.25", "--rnn_size", "64", "--feature_dim", "64", "--vocabulary", "50"]
+SHAPE = {"feature_dim": 64, "num_classes": 51}
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table of 500 training clips."""
+    path = tmp_path_factory.mktemp("lengths") / "lengths.csv"
+    rows = [f"train,{frames},{glosses}" for frames, glosses in zip(*draw_phoenix_lengths(500, 1), strict=True)]
+    path.write_text("\n".join(["split,num_frames,num_glosses", *rows]) + "\n")
+    return path
+
+
+def recipe() -> Recipe:
+    return parse_recipe(["--data_dir", "-", *MODEL[:4]])
+
+
+def report(capsys: pytest.CaptureFixture[str], *flags: Any) -> dict[str, Any]:
+    assert run(["estimate", "--json", *map(str, flags)]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_help_answers_without_torch() -> None:
+    code = (
+        "import sys\nfrom launch.cli import run\n"
+        "try:\n    run(['estimate', '--help'])\nexcept SystemExit as end:\n    assert not end.code\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--device_gb" in done.stdout
+
+
+def test_rows_say_what_each_backend_needs(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = report(capsys, "--lengths", table, *MODEL, "--world_size", "1,4", "--device_gb", "8")
+    rows = {(row["world_size"], row["backend"]): row for row in found["rows"]}
+    weights = found["parameters"] * 4
+    assert rows[1, "data parallel"]["parameters"] == rows[4, "data parallel"]["gradients"] == weights
+    assert rows[4, "FSDP2"]["optimizer"] == pytest.approx(2 * weights / 4, rel=0.01)
+    assert rows[4, "ZeRO-3, CPU offload"]["host"] > 0
+    # Nothing is shared on one rank.
+    assert (1, "ZeRO-2") not in rows
+    plain = rows[1, "data parallel"]
+    kept = plain["parameters"] + plain["gradients"] + plain["optimizer"]
+    assert plain["sum"] == pytest.approx(kept + max(plain["activations"], plain["buffers_in_update"]))
+    assert found["recommendations"][0]["rung"] == "data parallel"
+
+
+def test_a_smaller_device_is_a_lower_rung(
+    table: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = {on: activations.count_activations(recipe(), **SHAPE, checkpointing=on) for on in (False, True)}
+    # The same model each time: counted once.
+    monkeypatch.setattr(activations, "count_activations", lambda *a, checkpointing, **k: counted[checkpointing])
+    flags = ["--lengths", table, *MODEL, "--batch_size", "32", "--world_size", "4"]
+    whole = report(capsys, *flags, "--device_gb", "100")
+    need = next(row["sum"] for row in whole["rows"] if row["backend"] == "data parallel") / 1e9
+    order = ["data parallel", "smaller budget", "activation checkpointing", "ZeRO-2", "ZeRO-3", "CPU offload", None]
+    rungs = []
+    for share in (1.2, 0.8, 0.4, 0.2, 0.1, 0.01):
+        chosen = report(capsys, *flags, "--device_gb", need * share)["recommendations"][0]
+        rungs.append(order.index(chosen["rung"]))
+        if chosen["rung"] == "smaller budget":
+            assert whole["longest_clip"] <= chosen["max_frames_per_microbatch"] < whole["budget"]
+    assert rungs == sorted(rungs)
+    assert rungs[0] == 0
+    assert 1 in rungs
+    assert rungs[-1] == len(order) - 1
+
+
+def test_checkpointing_takes_less_per_frame(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain, less = (
+        report(capsys, "--lengths", table, *MODEL, "--activation_checkpointing", on)["measured"]
+        for on in ("false", "true")
+    )
+    assert less["saved_per_slot"] < 0.5 * plain["saved_per_slot"]
+    assert less["per_slot"] < plain["per_slot"]
+
+
+def test_the_table_says_what_is_measured_and_what_is_not(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["estimate", "--lengths", str(table), *MODEL, "--device_gb", "8"]) == 0
+    shown = capsys.readouterr().out
+    for text in ("data parallel", "counted in passes of this model", "estimated", "1 rank(s): data parallel"):
+        assert text in shown
+    assert run(["estimate", "--lengths", str(table), *MODEL, "--no-measure"]) == 0
+    shown = capsys.readouterr().out
+    assert "not measured" in shown
+    assert "give --device_gb" in shown
+
+
+def test_a_corpus_says_its_own_size(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = report(capsys, "--data_dir", corpus, "--width", "0.02", "--rnn_size", "12", "--no-measure")
+    assert found["parameters"] > 0
+    assert found["measured"] is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lengths", "TABLE"], "--feature_dim D and --vocabulary V"),
+        (["--lengths", "TABLE", *MODEL, "--device_gb", "0"], "--device_gb"),
+        (["--lengths", "TABLE", *MODEL, "--world_size", "0"], "--world_size"),
+        (["--lengths", "TABLE", *MODEL, "--device_bg", "24"], "did you mean --device_gb?"),
+        (["--lengths", "/nowhere.csv", *MODEL], "cannot be read"),
+        (["--feature_dim", "3"], "give them with --lengths alone"),
+        ([], "data_dir: not given"),
+    ],
+)
+def test_mistakes_are_named(table: Path, flags: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message.replace("?", r"\?")):
+        run(["estimate", *[str(table) if flag == "TABLE" else flag for flag in flags]])
