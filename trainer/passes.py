@@ -58,6 +58,7 @@ class Passes:
         """What was said when it ran out last."""
         self.misfit: int | None = None
         """Place in the global batch of a clip that does not fit even alone."""
+        self._loader_ended = False
         self._losses: list[Tensor] = []
         self._clips: list[tuple[int, ...]] = []
 
@@ -129,7 +130,19 @@ class Passes:
 
     def _load(self, cell: Cell, cells: Iterator[MicroBatch] | None) -> MicroBatch:
         asked = time.perf_counter()
-        batch = self.reload(cell) if cells is None else next(cells)
+        try:
+            batch = self.reload(cell) if cells is None or self._loader_ended else next(cells)
+        except Exception as error:
+            if not is_exhaustion(error) or cells is None or self._loader_ended:
+                raise
+            # On a GPU cells are brought there ahead of time. What failed so ends the loader: the rest of the step is
+            # read cell by cell, and the lower budget makes the run open another one.
+            self._loader_ended = True
+            self.shortages += 1
+            batch = None
+        if batch is None:
+            free_memory()
+            batch = self.reload(cell)
         self.waited += time.perf_counter() - asked
         return batch
 

@@ -1,7 +1,7 @@
 """Train as `trainer.train` does, with memory that runs out where the environment says.
 
-SHORTAGES: JSON list of {"rank", "stage": forward | backward | validation, "calls": [numbers] or "all", "above": clips,
-"first_attempt_only"}: the calls of that stage on that rank, counted from 0 over the process, in which memory runs out
+SHORTAGES: JSON list of {"rank", "stage": forward | backward | validation | loading, "calls": [numbers] or "all",
+"above": clips, "first_attempt_only"}: the calls of that stage on that rank, counted from 0 over the process, in which memory runs out
 if the cell has more clips than `above`.
 """
 
@@ -20,7 +20,7 @@ from trainer.errors import exit_on_input_error
 
 def main() -> int:
     """Patch the engine's passes, then train."""
-    counts = {"forward": 0, "backward": 0, "validation": 0}
+    counts = {"forward": 0, "backward": 0, "validation": 0, "loading": 0}
     plans = json.loads(os.environ["SHORTAGES"])
     once = os.environ.get("SIGNSCALE_RUNGS")
 
@@ -56,10 +56,20 @@ def main() -> int:
 
         kind.forward = short_forward  # type: ignore[method-assign]
 
+    from trainer.data.cells import CellLoader
     from trainer.engine.replicated import ReplicatedEngine
     from trainer.engine.sharded import ShardedEngine
     from trainer.engine.zero import ZeroEngine
 
+    load = CellLoader._load
+
+    def short_load(self: Any, plan: Any) -> Any:
+        # Those of an evaluation are to be verified.
+        if not plan.verify:
+            run_out("loading", int(os.environ["RANK"]), len(plan.clips))
+        return load(self, plan)
+
+    CellLoader._load = short_load  # type: ignore[method-assign]
     for kind in (ReplicatedEngine, ShardedEngine, ZeroEngine):
         patch(kind)
     return trainer.train.main()

@@ -55,9 +55,15 @@ PLANS: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
     "twice in a row": ([{"rank": 1, "stage": "backward", "calls": [1, 2], "above": 1}], IN_ONE_CELL),
     "on every step": ([{"rank": 1, "stage": "forward", "calls": "all", "above": 1}], []),
     "on both ranks": ([{"rank": rank, "stage": "backward", "calls": [3], "above": 1} for rank in (0, 1)], []),
+    "while a cell is loaded": ([{"rank": 1, "stage": "loading", "calls": [5], "above": 0}], []),
     "in a validation": ([{"rank": 1, "stage": "validation", "calls": "all", "above": 1}], []),
 }
-FAST = {("replicated", "backward, last cell"), ("replicated", "on every step"), ("zero2", "twice in a row")}
+FAST = {
+    ("replicated", "backward, last cell"),
+    ("replicated", "while a cell is loaded"),
+    ("replicated", "on every step"),
+    ("zero2", "twice in a row"),
+}
 
 
 @pytest.mark.parametrize(
@@ -90,7 +96,7 @@ def test_cells_are_halved_and_nothing_else_happens(
         )
         for backend in ("zero3", "fsdp2")
         for plan in PLANS
-        if plan not in ("twice in a row", "on every step", "on both ranks")
+        if plan not in ("twice in a row", "on every step", "on both ranks", "while a cell is loaded")
     ],
 )
 def test_a_pass_that_all_ranks_are_in_starts_the_run_again_with_a_smaller_budget(

@@ -67,6 +67,11 @@ class FlatGradients:
             work.wait()
         self._pending, self._listening = [], False
 
+    def norm(self) -> float:
+        """Return the norm of all gradients; summed in float64, chunk by chunk, since a whole copy may not fit."""
+        norms = [torch.linalg.vector_norm(self.buffer[start:stop]) for start, stop in self._chunks]
+        return float(torch.stack(norms).double().square().sum().sqrt())
+
     def zero(self) -> None:
         """Forget all gradients."""
         self.buffer.zero_()
@@ -143,7 +148,7 @@ class ReplicatedEngine(Engine):
         if self.loss_scale.value != 1.0:
             flat.div_(self.loss_scale.value)
         # The sum is the same on every rank, to the bit, and so is what follows from it.
-        norm = float(torch.linalg.vector_norm(flat, dtype=torch.float64))
+        norm = self._gradients.norm()
         applied = math.isfinite(norm)
         self.loss_scale.update(overflowed=not applied)
         if applied:
