@@ -1,8 +1,8 @@
 """Train as `trainer.train` does, with memory that runs out where the environment says.
 
 SHORTAGES: JSON list of {"rank", "stage": forward | backward | validation | loading, "calls": [numbers] or "all",
-"above": clips, "first_attempt_only"}: the calls of that stage on that rank, counted from 0 over the process, in which memory runs out
-if the cell has more clips than `above`.
+"above": clips, "first_attempt_only"}: the calls of that stage on that rank, counted from 0 over the process, in which
+memory runs out if the cell has more clips than `above`.
 """
 
 from __future__ import annotations
