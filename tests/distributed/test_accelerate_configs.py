@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT, TINY, environment
 
 CONFIGS = ROOT / "accelerate_configs"
 PROBE = """
@@ -61,8 +62,85 @@ def test_two_machines_meet_through_the_multi_node_configuration(tmp_path: Path) 
     assert json.loads(outputs[0][0].strip().splitlines()[-1]) == {"ranks": 2}
 
 
+BACKENDS = {
+    "deepspeed_zero1": "zero1.json",
+    "deepspeed_zero2": "zero2.json",
+    "deepspeed_zero3": "zero3.json",
+    "deepspeed_zero2_offload": "zero2_offload.json",
+    "deepspeed_zero3_offload": "zero3_offload.json",
+    "deepspeed_zero3_nvme": "zero3_nvme.json",
+}
+
+
+@pytest.mark.parametrize(("name", "file"), BACKENDS.items())
+def test_a_deepspeed_configuration_names_its_file_and_nothing_that_the_file_says(name: str, file: str) -> None:
+    content = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    assert content["distributed_type"] == "DEEPSPEED"
+    assert content["deepspeed_config"] == {
+        "deepspeed_config_file": f"ds_configs/{file}",
+        "deepspeed_multinode_launcher": "standard",
+    }
+    assert (ROOT / "ds_configs" / file).is_file()
+
+
+TRAINED = ["deepspeed_zero3", "fsdp2"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *TRAINED,
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in BACKENDS
+            if name not in (*TRAINED, "deepspeed_zero3_nvme")
+        ),
+    ],
+)
+def test_a_configuration_of_a_backend_trains_as_it_is(name: str, corpus: Path, tmp_path: Path) -> None:
+    flags = ["--data_dir", str(corpus), "--output_dir", str(tmp_path / "run"), *TINY, "--max_steps", "2"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{name}.yaml")]
+    done = subprocess.run(
+        [*launcher, "--num_processes", "2", "-m", "trainer.train", *flags],
+        env=environment() | {"ACCELERATE_USE_CPU": "true"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "on 2 rank(s)" in done.stdout
+    assert "finished at step 2" in done.stdout
+
+
+def test_a_launch_that_is_refused_is_refused_once_and_not_by_every_rank(corpus: Path, tmp_path: Path) -> None:
+    config = tmp_path / "ds.json"
+    config.write_text('{"zero_optimization": {"stage": 2}, "fp16": {"enabled": true}}')
+    flags = ["--data_dir", str(corpus), "--output_dir", str(tmp_path / "run"), *TINY, "--max_steps", "2"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "trainer.train", *flags],
+        env=environment()
+        | {
+            "ACCELERATE_USE_CPU": "true",
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(config),
+        },
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert done.stderr.count(f"{config}: fp16") == 1
+    assert "exitcode  : 2" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_every_configuration_is_tested() -> None:
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == {
+        *BACKENDS,
+        "fsdp2",
         "debug_cpu",
         "single_gpu",
         "multi_cpu",
