@@ -12,6 +12,7 @@ from trainer.assembly import build_run
 from trainer.engine import Update, open_engine
 from trainer.observe.progress import Progress
 from trainer.parsing import parse_recipe
+from trainer.relief import Reload
 from trainer.signals import StopRequest
 from trainer.step import train_step
 
@@ -34,7 +35,17 @@ def main(out: str, corpus: str, run_dir: str, budget: str) -> None:
         return Update(grad_norm=0.0, applied=True)
 
     engine.update = keep  # type: ignore[method-assign]
-    train_step(engine, share, cells, learning_rate=0.0, gradient_clip=0.0, label_smoothing=0.0, stop_requested=False)
+    with Reload(run.loader, share) as reload:
+        train_step(
+            engine,
+            share,
+            cells,
+            reload=reload,
+            learning_rate=0.0,
+            gradient_clip=0.0,
+            label_smoothing=0.0,
+            stop_requested=False,
+        )
     steps.close()
     if engine.is_main:
         save_file(kept, Path(out))
