@@ -289,6 +289,7 @@ def _key(engine: Engine, loader: TrainingLoader, recipe: Recipe, goal: int, floo
         "optimizer": recipe.optimization.optimizer,
         "precision": recipe.run.mixed_precision,
         "activation_checkpointing": recipe.run.activation_checkpointing,
+        "compile": recipe.run.compile,
         "num_workers": recipe.corpus.num_workers,
         "feature_dim": loader.split.feature_dim,
         "classes": len(loader.vocabulary),
