@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.distributed.tensor import DTensor
 
 from trainer.data.loader import TrainingLoader
 from trainer.engine import Engine
@@ -266,7 +265,8 @@ def pending_states(engine: Engine, states: int) -> int:
         for parameter in group["params"]:
             if optimizer.state.get(parameter):
                 continue
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            # A DTensor under FSDP2; naming its class would have every process import sympy, half a second of it.
+            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
             missing += states * local.numel() * local.element_size() * (local.device.type == engine.device.type)
     return missing
 
