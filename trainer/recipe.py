@@ -21,6 +21,9 @@ from jsonargparse.typing import (
 
 DEFAULT_OUTPUT_DIR = "runs/teacher"
 
+ARCHITECTURE_HEADS = {"teacher": (512, 2)}
+"""Units of each direction of the BiLSTM and its layers, where the recipe names none."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusRecipe:
@@ -70,14 +73,20 @@ class ModelRecipe:
     """Input frames per output frame."""
     width: PositiveFloat = 1.0
     """Multiplier of every channel count of the inception network (1.0: the published I3D widths)."""
-    rnn_size: PositiveInt = 512
-    """Units of each direction of each BiLSTM layer."""
-    rnn_layers: PositiveInt = 2
-    """BiLSTM layers."""
+    rnn_size: PositiveInt | None = None
+    """Units of each direction of each BiLSTM layer (default: the architecture's own; teacher 512)."""
+    rnn_layers: PositiveInt | None = None
+    """BiLSTM layers (default: the architecture's own; teacher 2)."""
     dropout: ClosedUnitInterval = 0.3
     """Dropout, drawn per (seed, epoch, clip, frame): the same on any number of ranks."""
     streams: dict[str, list[int]] | None = None
     """Named feature streams as slices of D, fused by learned gates: {pose: [0, 99], hands: [99, 225], …}."""
+
+    def __post_init__(self) -> None:
+        """Put the architecture's own sizes where none are given: a stored recipe names the model it built."""
+        for name, value in zip(("rnn_size", "rnn_layers"), ARCHITECTURE_HEADS[self.model], strict=True):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from trainer.errors import InputError, name_some
+from trainer.models.recognizer import Recognizer
 from trainer.models.teacher import FeatureTeacher
 from trainer.recipe import ModelRecipe
 
 _CLASSIFIER = "head.classifier."
 
 
-def build_model(recipe: ModelRecipe, *, feature_dim: int, num_classes: int) -> FeatureTeacher:
+def build_model(recipe: ModelRecipe, *, feature_dim: int, num_classes: int) -> Recognizer:
     """Build the model that the recipe names; weights come from torch's seeded generator."""
+    return ARCHITECTURES[recipe.model](recipe, feature_dim, num_classes)
+
+
+def _teacher(recipe: ModelRecipe, feature_dim: int, num_classes: int) -> Recognizer:
     return FeatureTeacher(
         feature_dim=feature_dim,
         num_classes=num_classes,
         total_stride=recipe.total_stride,
         width=recipe.width,
-        rnn_size=recipe.rnn_size,
-        rnn_layers=recipe.rnn_layers,
-        dropout=recipe.dropout,
         streams=recipe.streams,
+        **_head(recipe),
     )
+
+
+def _head(recipe: ModelRecipe) -> dict[str, Any]:
+    return {"rnn_size": recipe.rnn_size, "rnn_layers": recipe.rnn_layers, "dropout": recipe.dropout}
+
+
+ARCHITECTURES: dict[str, Callable[[ModelRecipe, int, int], Recognizer]] = {"teacher": _teacher}
+"""Who builds which `model` of the recipe, given the recipe, D and the number of classes."""
 
 
 def load_weights(

@@ -11,10 +11,11 @@ from torch.nn import functional as F
 from trainer.errors import InputError
 from trainer.layout import TimeLayout
 from trainer.models.inception import Inception, scale_channels
+from trainer.models.recognizer import Recognizer
 from trainer.models.temporal_head import TemporalHead
 
 
-class FeatureTeacher(nn.Module):
+class FeatureTeacher(Recognizer):
     """Map clips of features to gloss logits; about 25 M parameters at D = 6516 and 1,296 classes.
 
     A clip's logits depend on that clip alone: not on its padding (there is none), not on its batch.
@@ -33,7 +34,7 @@ class FeatureTeacher(nn.Module):
         streams: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
-        self.total_stride = total_stride
+        self.total_stride, self.frame_shape = total_stride, (feature_dim,)
         embedding = scale_channels(512, width)
         self.embed = StreamFusion(check_streams(streams, feature_dim), embedding)
         self.inception = Inception(embedding, total_stride, width)
@@ -46,7 +47,7 @@ class FeatureTeacher(nn.Module):
         )
 
     def blocks(self) -> list[nn.Module]:
-        """Return the parts that hold the weights, in the order of the forward pass: what is sharded one by one."""
+        """Return the embedding, the blocks of the inception network and the head."""
         return [self.embed, *self.inception.blocks(), self.head]
 
     def forward(self, features: Tensor, layout: TimeLayout) -> Tensor:
