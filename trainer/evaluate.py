@@ -23,6 +23,7 @@ from trainer.models.build import build_model, load_weights
 from trainer.observe.progress import Progress
 from trainer.options import OptionParser
 from trainer.scoring.ctm_stm import CtmRow, StmRow, write_ctm, write_stm
+from trainer.scoring.decoder import Decoder, add_decoder_options, check_decoder_options, open_decoder
 from trainer.scoring.decoding import Emission
 from trainer.scoring.protocols import PROTOCOLS
 from trainer.validation import Evaluation, evaluate
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         clips = engine.together(lambda: _read_clips(options, checkpoint, progress))
         if engine.world_size > len(clips):
             raise InputError(f"{options.split}: {len(clips)} clips for {engine.world_size} ranks; start fewer ranks")
+        decoder = engine.together(lambda: open_decoder(options, checkpoint.vocabulary.glosses, progress.say))
         output = options.output_dir or _default_output(folder)
         engine.on_main(lambda: _prepare_output(output))
         model = build_model(
@@ -66,11 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         protocol = options.protocol or recipe.run.protocol
         longest = int(slot_frames(loader.num_frames, loader.total_stride).max())
         budget = options.max_frames_per_microbatch or _CLIPS_PER_CELL * longest
-        result = evaluate(engine, loader, budget=budget, protocol=protocol)
+        result = evaluate(engine, loader, budget=budget, protocol=protocol, beam=decoder.beam)
         emissions = {index: found for part in engine.gather_objects(result.emissions) for index, found in part.items()}
-        report = _report(options, folder, checkpoint, clips, result, protocol)
+        report = _report(options, folder, checkpoint, clips, result, protocol, decoder)
         engine.on_main(lambda: _write(output, report, options, clips, emissions, checkpoint))
-        progress.say(_table(report, output / f"{options.split}.json"))
+        progress.say(_table(report, decoder, output / f"{options.split}.json"))
         return 1 if options.max_wer is not None and not result.counts.wer <= options.max_wer else 0
 
 
@@ -98,8 +100,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--fps", type=float, default=25.0, help="frames per second, for times in the CTM (default: 25)")
     parser.add_argument("--max_wer", type=float, help="exit code 1 if the WER, in percent, is above this")
+    add_decoder_options(parser)
     options = parser.parse(argv)
-    problems = [
+    problems = check_decoder_options(options)
+    problems += [
         f"--{name} {getattr(options, name)}: expected 0 or more"
         for name in ("num_workers", "max_frames_per_microbatch")
         if getattr(options, name) < 0
@@ -162,10 +166,12 @@ def _report(
     clips: Split,
     result: Evaluation,
     protocol: str,
+    decoder: Decoder,
 ) -> dict[str, Any]:
     return {
         "split": options.split,
         "protocol": protocol,
+        **decoder.as_dict(),
         "checkpoint": str(folder),
         "step": checkpoint.state.step,
         **result.counts.as_dict(),
@@ -215,8 +221,9 @@ def _write(
     write_json(output / f"{options.split}.json", report)
 
 
-def _table(report: dict[str, Any], path: Path) -> str:
+def _table(report: dict[str, Any], decoder: Decoder, path: Path) -> str:
     rows = [
+        ("decoder", str(decoder)),
         ("WER", f"{report['wer']:.2f} %" if report["wer"] is not None else "undefined (no reference words)"),
         *(
             (name, str(report[name]))

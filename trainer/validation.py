@@ -13,9 +13,11 @@ import torch
 from trainer.data.batch import MicroBatch
 from trainer.data.loader import EvaluationLoader
 from trainer.engine import Engine
+from trainer.errors import InputError
 from trainer.memory.exhaustion import free_memory, is_exhaustion
 from trainer.objectives.ctc import ctc_losses, float32_log_probs
 from trainer.passes import BrokenPassError
+from trainer.scoring.beam import BeamSearch
 from trainer.scoring.decoding import Emission, best_path
 from trainer.scoring.protocols import Protocol, score
 from trainer.scoring.wer import WerCounts
@@ -45,7 +47,9 @@ class Evaluation:
 
 
 @overload
-def evaluate(engine: Engine, loader: EvaluationLoader, *, budget: int, protocol: Protocol) -> Evaluation: ...
+def evaluate(
+    engine: Engine, loader: EvaluationLoader, *, budget: int, protocol: Protocol, beam: BeamSearch | None = None
+) -> Evaluation: ...
 
 
 @overload
@@ -60,13 +64,16 @@ def evaluate(
     *,
     budget: int,
     protocol: Protocol,
+    beam: BeamSearch | None = None,
     stop_requested: Callable[[], bool] | None = None,
 ) -> Evaluation | None:
     """Evaluate a split with the engine's model; `budget` in frames bounds a micro-batch.
 
+    Clips are decoded by the best path, or by `beam` where there is one.
+
     Counts are int64 sums over clips, in one reduction that also proves the coverage: each clip once. Returns None on
     all ranks if `stop_requested` became true on one of them, after the cell at hand. Raises `AssertionError` if a clip
-    was missed or counted twice.
+    was missed or counted twice, `InputError` if a beam is to decode what is not a number.
     """
     engine.training(False)
     clips = loader.split
@@ -83,16 +90,19 @@ def evaluate(
             if stop_requested is not None and engine.all_reduce(torch.tensor([int(stop_requested())])).item():
                 engine.training(True)
                 return None
-            for part in _decode(engine, loader, cell):
+            for part in _decode(engine, loader, cell, with_log_probs=beam is not None):
                 if not part.cell.clips:
                     # A stand-in: its pass kept the ranks in step, where passes communicate.
                     continue
                 losses.add(part.losses)
-                for index, labels in zip(part.cell.clips, part.labels, strict=True):
+                for place, (index, labels) in enumerate(zip(part.cell.clips, part.labels, strict=True)):
                     seen[index] += 1
                     frames += len(labels)
                     blanks += int((labels == 0).sum())
-                    emissions[index] = list(best_path(labels))
+                    if beam is None:
+                        emissions[index] = list(best_path(labels))
+                    else:
+                        emissions[index] = _search(beam, part.log_probs[place], clips.id(index))
                 references = [clips.glosses(index) for index in part.cell.clips]
                 hypotheses = [
                     loader.vocabulary.decode(emission.label for emission in emissions[index])
@@ -139,11 +149,24 @@ class _Decoded:
     cell: MicroBatch
     labels: list[np.ndarray]
     losses: torch.Tensor
+    log_probs: list[np.ndarray]
+    """`[T, V]` of each clip, where they were asked for."""
 
 
-def _decode(engine: Engine, loader: EvaluationLoader, cell: MicroBatch) -> Iterator[_Decoded]:
+def _search(beam: BeamSearch, log_probs: np.ndarray, clip_id: str) -> list[Emission]:
+    try:
+        return beam(log_probs)
+    except ValueError as error:
+        problem = InputError(
+            f"clip {clip_id}: the model's {error}; evaluate with --mixed_precision no, or another checkpoint"
+        )
+        problem.local = True
+        raise problem from error
+
+
+def _decode(engine: Engine, loader: EvaluationLoader, cell: MicroBatch, *, with_log_probs: bool) -> Iterator[_Decoded]:
     """Decode a cell, in halves where memory runs out."""
-    decoded = _try_cell(engine, cell)
+    decoded = _try_cell(engine, cell, with_log_probs=with_log_probs)
     if decoded is not None:
         yield decoded
         return
@@ -153,22 +176,26 @@ def _decode(engine: Engine, loader: EvaluationLoader, cell: MicroBatch) -> Itera
     half = len(cell.clips) // 2
     for clips in (cell.clips[:half], cell.clips[half:]):
         with loader.cell(np.array(clips)) as smaller:
-            yield from _decode(engine, loader, smaller)
+            yield from _decode(engine, loader, smaller, with_log_probs=with_log_probs)
 
 
-def _try_cell(engine: Engine, cell: MicroBatch) -> _Decoded | None:
+def _try_cell(engine: Engine, cell: MicroBatch, *, with_log_probs: bool) -> _Decoded | None:
     """Decode a cell; None if memory ran out."""
     try:
         logits = engine.forward(cell.features, cell.layout)
-        losses = ctc_losses(float32_log_probs(logits), cell.layout.output_lengths, cell.labels).cpu().double()
+        log_probs = float32_log_probs(logits)
+        losses = ctc_losses(log_probs, cell.layout.output_lengths, cell.labels).cpu().double()
         best = logits.argmax(dim=-1).cpu().numpy()
+        kept = log_probs.cpu().numpy() if with_log_probs else np.empty((len(best), 0), np.float32)
     except Exception as error:
         if not is_exhaustion(error):
             raise
         return None
     has_loss = cell.labels.weights.cpu() > 0
+    ends = np.cumsum(cell.layout.output_lengths)[:-1]
     return _Decoded(
         cell=cell,
-        labels=np.split(best, np.cumsum(cell.layout.output_lengths)[:-1]),
+        labels=np.split(best, ends),
+        log_probs=np.split(kept, ends),
         losses=(losses / cell.labels.lengths)[has_loss],
     )
