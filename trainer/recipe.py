@@ -21,7 +21,7 @@ from jsonargparse.typing import (
 
 DEFAULT_OUTPUT_DIR = "runs/teacher"
 
-ARCHITECTURE_HEADS = {"teacher": (512, 2)}
+ARCHITECTURE_HEADS = {"teacher": (512, 2), "student": (192, 1)}
 """Units of each direction of the BiLSTM and its layers, where the recipe names none."""
 
 
@@ -67,16 +67,16 @@ class CorpusRecipe:
 class ModelRecipe:
     """Model."""
 
-    model: Literal["teacher"] = "teacher"
-    """Architecture: teacher = inception network over features, BiLSTM, CTC head."""
+    model: Literal["teacher", "student"] = "teacher"
+    """Architecture: teacher = inception network over features, BiLSTM, CTC head; student = small and fast, the same."""
     total_stride: Literal[1, 2, 4] = 4
     """Input frames per output frame."""
     width: PositiveFloat = 1.0
-    """Multiplier of every channel count of the inception network (1.0: the published I3D widths)."""
+    """Multiplier of every channel count (teacher 1.0: the published I3D widths; student 1.0: 192 channels)."""
     rnn_size: PositiveInt | None = None
-    """Units of each direction of each BiLSTM layer (default: the architecture's own; teacher 512)."""
+    """Units of each direction of each BiLSTM layer (default: the architecture's own; teacher 512, student 192)."""
     rnn_layers: PositiveInt | None = None
-    """BiLSTM layers (default: the architecture's own; teacher 2)."""
+    """BiLSTM layers (default: the architecture's own; teacher 2, student 1)."""
     dropout: ClosedUnitInterval = 0.3
     """Dropout, drawn per (seed, epoch, clip, frame): the same on any number of ranks."""
     streams: dict[str, list[int]] | None = None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from trainer.errors import InputError, name_some
 from trainer.models.recognizer import Recognizer
+from trainer.models.student import FeatureStudent
 from trainer.models.teacher import FeatureTeacher
 from trainer.recipe import ModelRecipe
 
@@ -21,22 +22,30 @@ def build_model(recipe: ModelRecipe, *, feature_dim: int, num_classes: int) -> R
     return ARCHITECTURES[recipe.model](recipe, feature_dim, num_classes)
 
 
-def _teacher(recipe: ModelRecipe, feature_dim: int, num_classes: int) -> Recognizer:
-    return FeatureTeacher(
-        feature_dim=feature_dim,
-        num_classes=num_classes,
-        total_stride=recipe.total_stride,
-        width=recipe.width,
-        streams=recipe.streams,
-        **_head(recipe),
-    )
+def _over_features(kind: type[FeatureTeacher] | type[FeatureStudent]) -> Builder:
+    def build(recipe: ModelRecipe, feature_dim: int, num_classes: int) -> Recognizer:
+        return kind(
+            feature_dim=feature_dim,
+            num_classes=num_classes,
+            total_stride=recipe.total_stride,
+            width=recipe.width,
+            streams=recipe.streams,
+            **_head(recipe),
+        )
+
+    return build
 
 
 def _head(recipe: ModelRecipe) -> dict[str, Any]:
+    """Return what every architecture's head takes of the recipe."""
     return {"rnn_size": recipe.rnn_size, "rnn_layers": recipe.rnn_layers, "dropout": recipe.dropout}
 
 
-ARCHITECTURES: dict[str, Callable[[ModelRecipe, int, int], Recognizer]] = {"teacher": _teacher}
+Builder = Callable[[ModelRecipe, int, int], Recognizer]
+ARCHITECTURES: dict[str, Builder] = {
+    "teacher": _over_features(FeatureTeacher),
+    "student": _over_features(FeatureStudent),
+}
 """Who builds which `model` of the recipe, given the recipe, D and the number of classes."""
 
 

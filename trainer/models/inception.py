@@ -103,6 +103,14 @@ def pool(x: Tensor, stride: int = 1) -> Tensor:
     return F.max_pool1d(x.t().unsqueeze(0), 3, stride=stride, padding=1).squeeze(0).t()
 
 
+def average(x: Tensor, mask: Tensor, stride: int) -> Tensor:
+    """Average `stride` silent frames at a time, `[L, C]` to `[L / stride, C]`; guards, zero in `mask`, do not count."""
+    if stride == 1:
+        return x
+    counts = mask.view(-1, stride).sum(dim=1, keepdim=True)
+    return x.view(-1, stride, x.shape[1]).sum(dim=1) / counts.clamp(min=1.0)
+
+
 class Inception(nn.Module):
     """Embed frames in time: `[L, inputs]` to `[L / total_stride, channels]`.
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from trainer.errors import InputError
 from trainer.layout import TimeLayout
-from trainer.models.inception import Inception, scale_channels
+from trainer.models.inception import Inception, average, scale_channels
 from trainer.models.recognizer import Recognizer
 from trainer.models.temporal_head import TemporalHead
 
@@ -62,8 +62,7 @@ class FeatureTeacher(Recognizer):
 
 def mean_frames(x: Tensor, layout: TimeLayout, stride: int) -> Tensor:
     """Average the frames of each output frame, `[L, C]` to `[L / stride, C]`; silence does not count."""
-    counts = layout.masks[1].view(-1, stride).sum(dim=1, keepdim=True)
-    return x.view(-1, stride, x.shape[1]).sum(dim=1) / counts.clamp(min=1.0)
+    return average(x, layout.masks[1], stride)
 
 
 class StreamFusion(nn.Module):
