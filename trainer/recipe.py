@@ -21,8 +21,17 @@ from jsonargparse.typing import (
 
 DEFAULT_OUTPUT_DIR = "runs/teacher"
 
-ARCHITECTURE_HEADS = {"teacher": (512, 2), "student": (192, 1)}
+ARCHITECTURE_HEADS = {
+    "teacher": (512, 2),
+    "student": (192, 1),
+    "i3d": (512, 2),
+    "mobilenet_v3_small": (256, 1),
+    "mobilenet_v3_large": (256, 1),
+}
 """Units of each direction of the BiLSTM and its layers, where the recipe names none."""
+
+VIDEO_MODELS = frozenset(("i3d", "mobilenet_v3_small", "mobilenet_v3_large"))
+"""Values of `model` that take frames; all others take features."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,20 +76,24 @@ class CorpusRecipe:
 class ModelRecipe:
     """Model."""
 
-    model: Literal["teacher", "student"] = "teacher"
-    """Architecture: teacher = inception network over features, BiLSTM, CTC head; student = small and fast, the same."""
+    model: Literal["teacher", "student", "i3d", "mobilenet_v3_small", "mobilenet_v3_large"] = "teacher"
+    """Architecture: teacher, student = large and small over features; i3d, mobilenet_v3_… = the same over video."""
     total_stride: Literal[1, 2, 4] = 4
     """Input frames per output frame."""
     width: PositiveFloat = 1.0
-    """Multiplier of every channel count (teacher 1.0: the published I3D widths; student 1.0: 192 channels)."""
+    """Multiplier of every channel count (teacher and video 1.0: the published widths; student 1.0: 192 channels)."""
     rnn_size: PositiveInt | None = None
-    """Units of each direction of each BiLSTM layer (default: the architecture's own; teacher 512, student 192)."""
+    """Units of each direction of each BiLSTM layer (default: teacher and i3d 512, student 192, mobilenet_v3_… 256)."""
     rnn_layers: PositiveInt | None = None
-    """BiLSTM layers (default: the architecture's own; teacher 2, student 1)."""
+    """BiLSTM layers (default: teacher and i3d 2, student and mobilenet_v3_… 1)."""
     dropout: ClosedUnitInterval = 0.3
     """Dropout, drawn per (seed, epoch, clip, frame): the same on any number of ranks."""
     streams: dict[str, list[int]] | None = None
     """Named feature streams as slices of D, fused by learned gates: {pose: [0, 99], hands: [99, 225], …}."""
+    norm: Literal["frozen", "group"] | None = None
+    """Video: BatchNorm by its loaded statistics, or GroupNorm per frame (default: frozen with loaded weights)."""
+    pretrained: bool = False
+    """Start mobilenet_v3_… from torchvision's ImageNet weights, fetched when online (else --init_from FILE)."""
 
     def __post_init__(self) -> None:
         """Put the architecture's own sizes where none are given: a stored recipe names the model it built."""
@@ -194,7 +207,7 @@ class RunRecipe:
     resume: str = ""
     """auto: go on from the newest sound checkpoint of the run directory, or start; PATH: go on from this checkpoint."""
     init_from: str = ""
-    """Checkpoint or run whose weights, vocabulary and normalisation start this run (fine-tuning)."""
+    """Checkpoint or run whose weights, vocabulary and normalisation start this one; video: or a backbone's .pt file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,9 +316,35 @@ def combination_problems(recipe: Recipe) -> list[str]:
         problems.append(f"target_wer: {run.target_wer} is below 0; give a WER in percent")
     if corpus.augment_frame_drop >= 1 or corpus.augment_rescale >= 1:
         problems.append("augment_frame_drop and augment_rescale: 1.0 leaves no frame; choose values below 1")
+    problems += _video_problems(recipe)
     for name, edges in (model.streams or {}).items():
         if not edges or len(edges) % 2 or any(a < 0 or a >= b for a, b in zip(edges[::2], edges[1::2], strict=False)):
             problems.append(
                 f"streams: {name} is {edges}; write start and stop of each slice, e.g. [0, 99], start < stop"
             )
+    return problems
+
+
+def _video_problems(recipe: Recipe) -> list[str]:
+    model, run = recipe.model, recipe.run
+    if model.model not in VIDEO_MODELS:
+        return [
+            f"{name}: is for models of video, {model.model} takes features; drop it"
+            for name in ("norm", "pretrained")
+            if getattr(model, name)
+        ]
+    problems = []
+    if model.streams:
+        problems.append(f"streams: are slices of features, {model.model} takes video; drop them")
+    if model.pretrained and model.model == "i3d":
+        problems.append("pretrained: is for mobilenet_v3_…; give i3d its Kinetics weights by --init_from FILE instead")
+    if model.pretrained and run.init_from:
+        problems.append("pretrained and init_from: a run starts from one set of weights; drop one of them")
+    if model.pretrained and model.width != 1.0:
+        problems.append(f"pretrained: the ImageNet weights are of width 1.0, not {model.width}; set width to 1.0")
+    if model.norm == "frozen" and not (model.pretrained or run.init_from or run.resume not in ("", "auto")):
+        problems.append(
+            "norm: frozen statistics come with loaded weights; add --pretrained true or --init_from FILE, or use "
+            "--norm group"
+        )
     return problems

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trainer.errors import InputError, name_some
+from trainer.models.i3d import I3DTeacher
+from trainer.models.mobilenet import MobileNetStudent
 from trainer.models.recognizer import Recognizer
 from trainer.models.student import FeatureStudent
 from trainer.models.teacher import FeatureTeacher
@@ -36,6 +39,20 @@ def _over_features(kind: type[FeatureTeacher] | type[FeatureStudent]) -> Builder
     return build
 
 
+def _over_frames(kind: Callable[..., Recognizer]) -> Builder:
+    def build(recipe: ModelRecipe, feature_dim: int, num_classes: int) -> Recognizer:
+        """Frames have no D, and may have any size."""
+        return kind(
+            num_classes=num_classes,
+            total_stride=recipe.total_stride,
+            width=recipe.width,
+            norm=recipe.norm or ("frozen" if recipe.pretrained else "group"),
+            **_head(recipe),
+        )
+
+    return build
+
+
 def _head(recipe: ModelRecipe) -> dict[str, Any]:
     """Return what every architecture's head takes of the recipe."""
     return {"rnn_size": recipe.rnn_size, "rnn_layers": recipe.rnn_layers, "dropout": recipe.dropout}
@@ -45,6 +62,9 @@ Builder = Callable[[ModelRecipe, int, int], Recognizer]
 ARCHITECTURES: dict[str, Builder] = {
     "teacher": _over_features(FeatureTeacher),
     "student": _over_features(FeatureStudent),
+    "i3d": _over_frames(I3DTeacher),
+    "mobilenet_v3_small": _over_frames(partial(MobileNetStudent, architecture="mobilenet_v3_small")),
+    "mobilenet_v3_large": _over_frames(partial(MobileNetStudent, architecture="mobilenet_v3_large")),
 }
 """Who builds which `model` of the recipe, given the recipe, D and the number of classes."""
 

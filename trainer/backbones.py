@@ -1,0 +1,39 @@
+"""Published weights into the backbone of a fresh video model, and the norm that goes with them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from trainer.engine import Engine
+from trainer.models.pretrained import load_backbone, read_weights
+from trainer.models.recognizer import Recognizer
+from trainer.models.vision import fetch_imagenet_weights
+from trainer.recipe import VIDEO_MODELS, Recipe
+
+
+def settle_norm(recipe: Recipe, start: Recipe | None) -> Recipe:
+    """Choose the norm that a recipe leaves open, so that the stored recipe names it.
+
+    It is that of the run whose weights are loaded (`start`), `frozen` where published weights are, else `group`.
+    """
+    if recipe.model.model not in VIDEO_MODELS or recipe.model.norm is not None:
+        return recipe
+    fresh = "frozen" if recipe.model.pretrained or recipe.run.init_from else "group"
+    norm = start.model.norm if start is not None else fresh
+    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, norm=norm))
+
+
+def load_published(model: Recognizer, recipe: Recipe, engine: Engine) -> str:
+    """Load the backbone's weights that the recipe asks for; return what to say about it, empty if it asks for none.
+
+    For a model that starts fresh: weights of a run come by its checkpoint. All ranks must ask. Raises `InputError` if
+    the weights cannot be had or belong to another architecture.
+    """
+    if recipe.model.pretrained:
+        weights = engine.on_main(lambda: fetch_imagenet_weights(recipe.model.model))
+        return load_backbone(model, weights, where=f"{recipe.model.model} of torchvision")
+    if recipe.run.init_from:
+        path = Path(recipe.run.init_from)
+        return load_backbone(model, engine.together(lambda: read_weights(path)), where=str(path))
+    return ""
