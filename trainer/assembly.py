@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from trainer.backbones import load_published, settle_norm
 from trainer.checkpoint.content import Checkpoint, RunState, read_checkpoint
 from trainer.checkpoint.store import CheckpointStore, find_checkpoint
 from trainer.data.augment import NO_AUGMENTATION, Augmentation
@@ -37,6 +38,7 @@ def build_run(recipe: Recipe, engine: Engine, progress: Progress, stop: StopRequ
     existed = engine.on_main(lambda: claim(recipe))
     path, goes_on = engine.on_main(lambda: _find_start(recipe, store, progress, existed=existed))
     start = engine.together(lambda: read_checkpoint(path) if path else None)
+    recipe = settle_norm(recipe, start.recipe if start else None)
     resumed = start if goes_on else None
     if resumed is not None:
         check_same_recipe(resumed.recipe, recipe, str(path))
@@ -56,6 +58,8 @@ def build_run(recipe: Recipe, engine: Engine, progress: Progress, stop: StopRequ
     model = build_model(recipe.model, feature_dim=corpus.normalization.feature_dim, num_classes=len(corpus.vocabulary))
     if start is not None:
         _load_start(model, start, corpus, progress, where=str(path))
+    elif said := load_published(model, recipe, engine):
+        progress.say(said)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     engine.prepare(model, recipe.optimization)
     state = RunState()
@@ -172,7 +176,10 @@ def _find_start(
             progress.say(f"{recipe.run.output_dir}: no sound checkpoint, starting from the beginning")
     elif recipe.run.resume:
         return find_checkpoint(Path(recipe.run.resume), prefer="last"), True
-    return (find_checkpoint(Path(recipe.run.init_from)) if recipe.run.init_from else None), False
+    if not recipe.run.init_from or Path(recipe.run.init_from).is_file():
+        # A file holds weights of a published backbone, which are no checkpoint.
+        return None, False
+    return find_checkpoint(Path(recipe.run.init_from)), False
 
 
 def _known_normalization(start: Checkpoint | None, recipe: Recipe) -> Normalization | None:
