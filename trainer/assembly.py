@@ -24,7 +24,7 @@ from trainer.loop import TrainingRun
 from trainer.models.build import build_model, load_weights
 from trainer.observe.progress import Progress
 from trainer.observe.trackers import open_trackers
-from trainer.recipe import Recipe
+from trainer.recipe import VIDEO_MODELS, Recipe
 from trainer.relief import Relief
 from trainer.run_directory import check_same_recipe, claim, record
 from trainer.signals import StopRequest
@@ -55,6 +55,7 @@ def build_run(recipe: Recipe, engine: Engine, progress: Progress, stop: StopRequ
         checked=resumed.state.files_hash if resumed else "",
     )
     _check_corpus(corpus, resumed, engine, progress, recipe)
+        video=recipe.model.model in VIDEO_MODELS,
     model = build_model(recipe.model, feature_dim=corpus.normalization.feature_dim, num_classes=len(corpus.vocabulary))
     if start is not None:
         _load_start(model, start, corpus, progress, where=str(path))
@@ -141,6 +142,8 @@ def make_training_loader(
         vocabulary=corpus.vocabulary,
         objective=recipe.objective,
         num_workers=c.num_workers,
+        flip=c.augment_flip,
+        color=c.augment_color,
         device=engine.device,
         cost_model=cost_model,
     )
@@ -186,7 +189,7 @@ def _known_normalization(start: Checkpoint | None, recipe: Recipe) -> Normalizat
     """Return the normalisation that loaded weights were trained with: they expect no other."""
     if start is None:
         return None
-    if start.normalization.kind != recipe.corpus.normalization:
+    if start.normalization.kind != recipe.corpus.normalization and recipe.model.model not in VIDEO_MODELS:
         raise InputError(
             f"normalization: the loaded weights were trained with {start.normalization.kind}, the recipe says "
             f"{recipe.corpus.normalization}; use --normalization {start.normalization.kind}"

@@ -36,20 +36,24 @@ VIDEO_MODELS = frozenset(("i3d", "mobilenet_v3_small", "mobilenet_v3_large"))
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusRecipe:
-    """Corpus: which clips, and how their features are prepared."""
+    """Corpus: which clips, and how their features or frames are prepared."""
 
     data_dir: str = ""
-    """Folder that holds {train,dev,test}/<id>.npz, or a packed corpus: its folder, or an address such as s3://…."""
+    """Folder with {train,dev,test}/<id>.npz, frames or videos (docs/video.md), or a packed corpus, also at s3://…."""
     annotations: str = ""
     """Folder with {split}.corpus.csv, or a pattern such as ann/{split}.SI5.corpus.csv (default: in DATA_DIR)."""
     allow_missing: bool = False
-    """Train without the annotated clips whose feature file is missing, and say which."""
+    """Train without the annotated clips whose feature file or frames are missing, and say which."""
     max_frames: NonNegativeInt = 0
     """Cut training clips to their first frames, this many at most (0: never)."""
     skip_clips: list[str] = field(default_factory=list)
     """Ids of training clips to leave out, aloud."""
     normalization: Literal["corpus", "clip", "none"] = "corpus"
-    """Zero mean and unit variance per dimension over the training split, over each clip, or features as they are."""
+    """Features: zero mean and unit variance per dimension over the training split, over each clip, or as they are."""
+    frame_size: PositiveInt = 256
+    """Video: pixels a side to which frames are brought, whatever their own size."""
+    crop_size: NonNegativeInt = 0
+    """Video: pixels a side that the model sees of them, the middle in evaluation (0: seven eighths, 224 of 256)."""
     overfit_clips: NonNegativeInt = 0
     """Train on this many training clips alone and evaluate on the same ones (0: off)."""
     augment: bool = False
@@ -59,17 +63,26 @@ class CorpusRecipe:
     augment_frame_drop: ClosedUnitInterval = 0.1
     """Frame dropping: up to this fraction of the frames of a clip is left out."""
     augment_time_mask: ClosedUnitInterval = 0.1
-    """Time masking: two spans of up to this fraction of a clip are set to the mean."""
+    """Features, time masking: two spans of up to this fraction of a clip are set to the mean."""
     augment_feature_mask: ClosedUnitInterval = 0.1
-    """Feature masking: up to this fraction of the dimensions, in two bands, is set to the mean for a whole clip."""
+    """Features: up to this fraction of the dimensions, in two bands, is set to the mean for a whole clip."""
     augment_noise: NonNegativeFloat = 0.05
-    """Standard deviation of the Gaussian noise added to normalised features."""
+    """Features: standard deviation of the Gaussian noise added to them, normalised."""
+    augment_flip: bool = False
+    """Video: mirror every second clip. Off, since most signers have a dominant hand and some signs a direction."""
+    augment_color: ClosedUnitInterval = 0.2
+    """Video: brightness, contrast and saturation of a clip change by up to this fraction either way."""
     num_workers: NonNegativeInt = 2
     """Threads of each rank that read and augment clips ahead of time (0: in the training thread)."""
     cache_dir: str = ""
     """Folder of this node for what is read of a packed corpus (default: none for a folder, ~/.cache/signscale else)."""
     cache_gb: PositiveFloat = 50.0
     """Largest size of that folder, in 10^9 bytes; all processes of the node share it."""
+
+    @property
+    def frame_crop(self) -> int:
+        """Return the pixels a side that a model of video sees."""
+        return self.crop_size or max(1, self.frame_size * 7 // 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,3 +361,5 @@ def _video_problems(recipe: Recipe) -> list[str]:
             "--norm group"
         )
     return problems
+    if recipe.objective.mixup_alpha:
+        problems.append(f"mixup_alpha: mixes features, {model.model} takes video; set it to 0")

@@ -25,6 +25,7 @@ _COLUMNS = {
     "folder": ("folder", "video", "path"),
     "signer": ("signer", "speaker"),
     "glosses": ("annotation", "glosses", "gloss", "orth"),
+    "num_frames": ("num_frames",),
 }
 _HEADERS = "`id|folder|signer|annotation`, `name|video|start|end|speaker|orth|translation` or `id,glosses`"
 _MOST_PROBLEMS = 50
@@ -44,6 +45,8 @@ class Annotation:
     """What is signed, at least one gloss."""
     line: int
     """Line in the file, the header being line 1."""
+    num_frames: int | None = None
+    """Frames of the clip's video; None if the file has no such column, or nothing in it."""
 
 
 def find_annotation_file(annotations: str, split: str) -> Path:
@@ -110,12 +113,14 @@ def read_annotation_file(path: Path, *, allow_empty: bool = False) -> list[Annot
             )
             continue
         values = {role: fields[index].strip() for role, index in roles.items()}
+        frames = values.get("num_frames", "")
         annotation = Annotation(
             id=values["id"],
             folder=values.get("folder", ""),
             signer=values.get("signer", ""),
             glosses=tuple(values["glosses"].split()),
             line=number,
+            num_frames=int(frames) if frames.isdecimal() else None,
         )
         first = annotations.setdefault(annotation.id, annotation)
         if problem := _refuse_id(annotation.id):
@@ -124,6 +129,11 @@ def read_annotation_file(path: Path, *, allow_empty: bool = False) -> list[Annot
             problems.append(
                 f"{where}: duplicate id {annotation.id}, first found on line {first.line}; every clip needs "
                 f"an id of its own: remove or rename line {first.line} or line {number}"
+            )
+        if frames and not frames.isdecimal():
+            problems.append(
+                f"{where}: expected the number of frames in column `{columns[roles['num_frames']]}`, found {frames!r}; "
+                "correct it, or leave it empty"
             )
         if unwritable := [gloss for gloss in annotation.glosses if gloss == "[EMPTY]" or gloss.startswith(";;")]:
             problems.append(

@@ -26,16 +26,24 @@ NOISE_VALUES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """Strengths of the augmentation, as fractions of the clip or of its dimensions (noise: in standard deviations)."""
+    """Strengths of the augmentation, as fractions of the clip or of its dimensions (noise: in standard deviations).
+
+    Masks and noise are for features; `random_crop`, `flip` and `color` for video (`trainer.data.video.view`).
+    """
 
     rescale: float = 0.2
     frame_drop: float = 0.1
     time_mask: float = 0.1
     feature_mask: float = 0.1
     noise: float = 0.05
+    random_crop: bool = True
+    flip: bool = False
+    color: float = 0.2
 
 
-NO_AUGMENTATION = Augmentation(rescale=0.0, frame_drop=0.0, time_mask=0.0, feature_mask=0.0, noise=0.0)
+NO_AUGMENTATION = Augmentation(
+    rescale=0.0, frame_drop=0.0, time_mask=0.0, feature_mask=0.0, noise=0.0, random_crop=False, color=0.0
+)
 
 
 @dataclass(frozen=True, kw_only=True)

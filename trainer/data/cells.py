@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -65,39 +66,37 @@ class Cell:
     """Makes whoever computes wait for the features, where they come on a stream of their own."""
 
 
-class CellLoader:
-    """Loads cells of one split for one device, with memory bounded by the cells that are under way.
+class CellStream(ABC):
+    """Cells of one split for one device, with memory bounded by the cells that are under way.
 
     Under way at once are `2 * num_workers + 2` cells: loaded ahead, being loaded, and in use (3 where `num_workers` is
-    0). Each takes a buffer of `rows x D` values: float32 on a CPU, as stored on a GPU, where two cells more are on the
-    device.
+    0), each with a buffer of a row per frame; on a GPU, two cells more are on the device.
     """
 
     def __init__(
         self,
         split: Split,
-        normalization: Normalization,
         *,
+        row_values: int,
+        dtype: torch.dtype,
         device: torch.device,
-        noise: float = 0.0,
         num_workers: int,
-        on_host: bool | None = None,
+        on_host: bool,
     ) -> None:
-        """Prepare buffers and the transform; `on_host`: where to transform (default: where the device is)."""
+        """Prepare buffers; `on_host`: whether nothing has to be brought to the device."""
         self.split = split
         self.device = device
         self.num_workers = num_workers
-        self.transform = FeatureTransform(split.storage, normalization, noise=noise, device=device)
-        self._on_host = device.type == "cpu" if on_host is None else on_host
-        stored = torch.float16 if split.storage.dtype == np.float16 else torch.float32
-        self._stored_dtype = stored
-        self.pool = BufferPool(
-            split.feature_dim,
-            torch.float32 if self._on_host else stored,
-            limit=max(3, 2 * num_workers + 2),
-            pin_memory=device.type == "cuda",
-        )
-        self._scratch = threading.local()
+        self._on_host = on_host
+        self.pool = BufferPool(row_values, dtype, limit=max(3, 2 * num_workers + 2), pin_memory=device.type == "cuda")
+
+    @abstractmethod
+    def _load(self, plan: CellPlan) -> Cell:
+        """Read a cell into a buffer, in any thread."""
+
+    @abstractmethod
+    def _on_device(self, cell: Cell) -> MicroBatch:
+        """Bring a cell to the device, without waiting for the copies."""
 
     def cells(
         self, requests: Iterable[Request], plan: Callable[[Request], CellPlan]
@@ -149,6 +148,51 @@ class CellLoader:
     def _give_back(self, cell: Cell) -> None:
         if cell.buffer is not None:
             self.pool.release(cell.buffer)
+
+    def _moved(self, cells: Iterator[Cell]) -> Iterator[Cell]:
+        """Bring cells to the device, copying and transforming on a stream beside the one that computes."""
+        stream = _side_stream(self.device)
+        for cell in cells:
+            try:
+                with stream:
+                    batch = self._on_device(cell)
+                # The buffer is free for the next cell as soon as its values have left it.
+                stream.wait_for_copies()
+            finally:
+                self._give_back(cell)
+            yield Cell(batch=batch, buffer=None, arrive=stream.mark(batch))
+
+
+class CellLoader(CellStream):
+    """Loads cells of features.
+
+    A buffer holds `rows x D` values: float32 on a CPU, as stored on a GPU.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        normalization: Normalization,
+        *,
+        device: torch.device,
+        noise: float = 0.0,
+        num_workers: int,
+        on_host: bool | None = None,
+    ) -> None:
+        """Prepare buffers and the transform; `on_host`: where to transform (default: where the device is)."""
+        on_host = device.type == "cpu" if on_host is None else on_host
+        stored = torch.float16 if split.storage.dtype == np.float16 else torch.float32
+        super().__init__(
+            split,
+            row_values=split.feature_dim,
+            dtype=torch.float32 if on_host else stored,
+            device=device,
+            num_workers=num_workers,
+            on_host=on_host,
+        )
+        self.transform = FeatureTransform(split.storage, normalization, noise=noise, device=device)
+        self._stored_dtype = stored
+        self._scratch = threading.local()
 
     def _load(self, plan: CellPlan) -> Cell:
         rows = sum(content.num_frames for content in plan.contents)
@@ -207,19 +251,6 @@ class CellLoader:
             clips if self.split.rows is None else self.split.rows[clips]
         ).tolist()
         return order
-
-    def _moved(self, cells: Iterator[Cell]) -> Iterator[Cell]:
-        """Bring cells to the device, copying and transforming on a stream beside the one that computes."""
-        stream = _side_stream(self.device)
-        for cell in cells:
-            try:
-                with stream:
-                    batch = self._on_device(cell)
-                # The buffer is free for the next cell as soon as its values have left it.
-                stream.wait_for_copies()
-            finally:
-                self._give_back(cell)
-            yield Cell(batch=batch, buffer=None, arrive=stream.mark(batch))
 
     def _on_device(self, cell: Cell) -> MicroBatch:
         batch = cell.batch

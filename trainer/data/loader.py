@@ -6,6 +6,7 @@ import contextlib
 import itertools
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +15,15 @@ import torch
 from trainer.data.allotment import Allotment, allot
 from trainer.data.augment import NO_AUGMENTATION, Augmentation, draw_clip
 from trainer.data.batch import Labels, MicroBatch, make_labels, without_features
-from trainer.data.cells import CellLoader, CellPlan
+from trainer.data.cells import CellLoader, CellPlan, CellStream
 from trainer.data.cost import FRAMES_ONLY, CostModel
 from trainer.data.normalization import Normalization
 from trainer.data.plan import GlobalBatch, Plan
 from trainer.data.prefetch import background, for_two_threads
 from trainer.data.table import Split
 from trainer.data.transform import ClipContent
+from trainer.data.video.cells import VideoCellLoader
+from trainer.data.video.view import View, central_view, draw_view
 from trainer.data.vocabulary import Vocabulary
 from trainer.layout import lay_out, slot_frames
 from trainer.recipe import ObjectiveRecipe
@@ -65,7 +68,7 @@ class TrainingLoader:
         self.vocabulary = vocabulary
         self.objective = objective
         self.cost_model = cost_model
-        self.cell_loader = CellLoader(
+        self.cell_loader = _open_cells(
             split, normalization, noise=plan.augmentation.noise, num_workers=num_workers, device=device
         )
 
@@ -160,19 +163,36 @@ class TrainingLoader:
                 stored=first + place,
                 start=int(starts[place]),
                 num_frames=int(lengths.kept[place]),
-                draw=None
-                if key is None
-                else draw_clip(
+                **self._drawn(
                     key,
                     num_frames=int(self.split.num_frames[clip]),
-                    dim=self.split.feature_dim,
                     rescaled=int(lengths.rescaled[place]),
                     kept=int(lengths.kept[place]),
-                    strengths=strengths,
                 ),
             )
             for place, (clip, key) in enumerate(zip(clips, keys, strict=True))
         ]
+
+    def _drawn(self, key: int | None, *, num_frames: int, rescaled: int, kept: int) -> dict[str, Any]:
+        """Draw what augmentation makes of a clip; without a key, none."""
+        split, strengths = self.split, self.plan.augmentation
+        if split.is_video:
+            sizes = {"frame_size": split.storage.frame_size, "crop_size": split.storage.crop_size}
+            if key is None:
+                return {"view": central_view(num_frames, **sizes)}
+            view = draw_view(key, num_frames=num_frames, rescaled=rescaled, kept=kept, strengths=strengths, **sizes)
+            return {"view": view}
+        if key is None:
+            return {}
+        draw = draw_clip(
+            key,
+            num_frames=num_frames,
+            dim=split.feature_dim,
+            rescaled=rescaled,
+            kept=kept,
+            strengths=strengths,
+        )
+        return {"draw": draw}
 
     def _labels(self, clips: Indices, weights: npt.NDArray[np.float64]) -> Labels:
         classes = [self.vocabulary.encode(self.split.glosses(int(clip))) for clip in clips]
@@ -196,7 +216,7 @@ class EvaluationLoader:
         self.vocabulary = vocabulary
         self.total_stride = total_stride
         self.num_frames = split.num_frames.astype(np.int64)
-        self.cell_loader = CellLoader(split, normalization, num_workers=num_workers, device=device)
+        self.cell_loader = _open_cells(split, normalization, num_workers=num_workers, device=device)
         self._feasible = split.feasible(total_stride)
 
     def cells(self, *, rank: int, world_size: int, budget: int) -> Generator[MicroBatch, None, None]:
@@ -231,7 +251,12 @@ class EvaluationLoader:
         return CellPlan(
             clips=cell,
             contents=[
-                ClipContent(stored=place, start=int(starts[place]), num_frames=int(num_frames[place]))
+                ClipContent(
+                    stored=place,
+                    start=int(starts[place]),
+                    num_frames=int(num_frames[place]),
+                    view=self._view(int(num_frames[place])),
+                )
                 for place in range(len(cell))
             ],
             batch=without_features(
@@ -242,6 +267,20 @@ class EvaluationLoader:
             ),
             verify=True,
         )
+
+    def _view(self, num_frames: int) -> View | None:
+        storage = self.split.storage
+        if not self.split.is_video:
+            return None
+        return central_view(num_frames, frame_size=storage.frame_size, crop_size=storage.crop_size)
+
+
+def _open_cells(
+    split: Split, normalization: Normalization, *, noise: float = 0.0, num_workers: int, device: torch.device
+) -> CellStream:
+    if split.is_video:
+        return VideoCellLoader(split, device=device, num_workers=num_workers)
+    return CellLoader(split, normalization, noise=noise, num_workers=num_workers, device=device)
 
 
 def idle_cell(total_stride: int) -> CellPlan:

@@ -15,12 +15,14 @@ from safetensors.numpy import save_file
 from trainer.data.features import Moments
 from trainer.errors import InputError
 
-Kind = Literal["corpus", "clip", "none"]
+Kind = Literal["corpus", "clip", "none", "frames"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Normalization:
     """How raw features become the model's input; `mean` and `scale` are float32 `[D]`, used by kind `corpus`.
+
+    Kind `frames` is that of video: frames stay uint8, D is their three channels, and the model normalises them.
 
     The input is `(features - mean) * scale`; `trainer.data.transform` computes it.
     """
@@ -57,6 +59,11 @@ def from_moments(kind: Kind, moments: Sequence[Moments], feature_dim: int) -> No
         total = total.merge(part)
     spread = np.sqrt(total.m2 / total.count)
     return Normalization(kind=kind, mean=total.mean.astype(np.float32), scale=_inverse(total.mean, spread))
+
+
+def of_frames() -> Normalization:
+    """Return the normalisation of video, which is the model's own."""
+    return Normalization(kind="frames", mean=np.zeros(3, np.float32), scale=np.ones(3, np.float32))
 
 
 def clip_statistics(features: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:

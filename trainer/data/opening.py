@@ -11,8 +11,10 @@ from trainer.data.shards.format import MANIFEST
 from trainer.data.shards.packed import PackedCorpus
 from trainer.data.shards.store import open_store
 from trainer.data.table import Split, folder_split
+from trainer.data.video.sources import is_video_corpus
+from trainer.data.video.table import read_video_split
 from trainer.errors import InputError
-from trainer.recipe import CorpusRecipe
+from trainer.recipe import VIDEO_MODELS, CorpusRecipe
 
 Log = Callable[[str], None]
 
@@ -20,9 +22,12 @@ Log = Callable[[str], None]
 class OpenCorpus:
     """A corpus whose splits can be asked for."""
 
-    def __init__(self, recipe: CorpusRecipe, log: Log) -> None:
-        """Open the corpus; raises `InputError` if there is none."""
-        self._recipe, self._log = recipe, log
+    def __init__(self, recipe: CorpusRecipe, log: Log, *, video: bool | None = None) -> None:
+        """Open the corpus; raises `InputError` if there is none.
+
+        `video`: whether the model takes frames (True) or features; splits of the other kind are refused.
+        """
+        self._recipe, self._log, self._video = recipe, log, video
         self._packed: PackedCorpus | None = None
         if is_packed(recipe.data_dir):
             if recipe.annotations:
@@ -45,6 +50,7 @@ class OpenCorpus:
     def split(self, name: str, *, expected_dim: int | None = None) -> Split:
         """Open a split; raises one `InputError` with all problems that show without reading features in full."""
         if self._packed is not None:
+            self._check_kind(is_video=False)
             split = self._packed.split(name)
             if expected_dim is not None and split.feature_dim != expected_dim:
                 raise InputError(
@@ -52,15 +58,43 @@ class OpenCorpus:
                     "features the model was trained with"
                 )
             return split
+        recipe, folder, annotations = self._recipe, Path(self._recipe.data_dir), annotations_of(self._recipe)
+        is_video = is_video_corpus(folder, annotations, name)
+        self._check_kind(is_video=is_video)
+        if is_video:
+            # Whatever their size, frames are brought to the recipe's.
+            return read_video_split(
+                folder,
+                annotations,
+                name,
+                frame_size=recipe.frame_size,
+                crop_size=recipe.frame_crop,
+                allow_missing=recipe.allow_missing,
+                log=self._log,
+            )
         clips = read_split(
-            Path(self._recipe.data_dir),
-            annotations_of(self._recipe),
+            folder,
+            annotations,
             name,
-            allow_missing=self._recipe.allow_missing,
+            allow_missing=recipe.allow_missing,
             log=self._log,
             expected_dim=expected_dim,
         )
-        return folder_split(name, clips, feature_dim(clips), Path(self._recipe.data_dir))
+        return folder_split(name, clips, feature_dim(clips), folder)
+
+    def _check_kind(self, *, is_video: bool) -> None:
+        """Refuse video for a model of features, and features for a model of video."""
+        where = self._recipe.data_dir
+        if is_video and self._video is False:
+            raise InputError(
+                f"{where}: holds video, the model takes features; choose a model of video "
+                f"(--model {', '.join(sorted(VIDEO_MODELS))}), or name the corpus of features"
+            )
+        if not is_video and self._video:
+            raise InputError(
+                f"{where}: holds features, the model takes video; choose a model of features (--model teacher or "
+                "student), or name the corpus of frames"
+            )
 
 
 def is_packed(data_dir: str) -> bool:
@@ -69,8 +103,12 @@ def is_packed(data_dir: str) -> bool:
 
 
 def annotations_of(recipe: CorpusRecipe) -> str:
-    """Return where the annotations are: as the recipe says, else DATA_DIR/annotations, else DATA_DIR."""
+    """Return where the annotations are: as the recipe says, else DATA_DIR/annotations(/manual), else DATA_DIR.
+
+    PHOENIX keeps its own in annotations/manual, beside automatic ones.
+    """
     if recipe.annotations:
         return recipe.annotations
     beside = Path(recipe.data_dir) / "annotations"
-    return str(beside if beside.is_dir() else recipe.data_dir)
+    places = (beside / "manual", beside)
+    return str(next((place for place in places if place.is_dir()), recipe.data_dir))

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from trainer.data.features import ClipScan, Moments
-from trainer.data.normalization import Normalization, from_moments
+from trainer.data.normalization import Normalization, from_moments, of_frames
 from trainer.data.opening import OpenCorpus, is_packed
 from trainer.data.table import Split, shared_ids
 from trainer.data.vocabulary import Vocabulary
@@ -63,13 +63,14 @@ def prepare_corpus(
     *,
     known: Normalization | None,
     checked: str,
+    video: bool = False,
 ) -> TrainingCorpus:
     """Read and check both splits, in shares over the ranks; every rank gets the same corpus or the same error.
 
     `known` is a normalisation to use instead of computing one; `checked` the `files_hash` of a corpus that an earlier
-    attempt has read in full, in which case features are not read again.
+    attempt has read in full, in which case features are not read again; `video` whether the model takes frames.
     """
-    train, dev, stored = ranks.together(lambda: _open_both(recipe, log))
+    train, dev, stored = ranks.together(lambda: _open_both(recipe, log, video))
     dim = train.feature_dim
     vocabulary = Vocabulary(train.table.all_glosses())
     whole, train = train, _select(train, recipe, log)
@@ -84,7 +85,7 @@ def prepare_corpus(
         dev, train, stored = feasible, feasible, None
     _check_files(list({id(split.table): split for split in (train, dev)}.values()), ranks)
     files_hash = _hash_files(train, dev)
-    normalization = known
+    normalization = of_frames() if train.is_video else known
     if normalization is None and (stored is not None or recipe.normalization != "corpus"):
         normalization = from_moments(recipe.normalization, [stored] if stored else [], dim)
     # Records of a packed corpus were checked when it was packed, and have checksums. Times of change may differ
@@ -99,7 +100,7 @@ def prepare_corpus(
             more = [f"and {len(problems) - 10} more bad files ({len(problems)} in all)"] if len(problems) > 10 else []
             raise InputError(problems[:10] + more)
         normalization = normalization or from_moments(recipe.normalization, moments, dim)
-    if normalization.feature_dim != dim:
+    if not train.is_video and normalization.feature_dim != dim:
         raise InputError(
             f"{recipe.data_dir}: features have D = {dim}, the stored normalisation {normalization.feature_dim}; "
             "use the features the run was started with, or a new output_dir"
@@ -173,9 +174,9 @@ def scan_in_shares(clips: Split, ranks: Ranks, num_workers: int) -> tuple[list[M
     return [moments for _, moments, _ in everyone if moments is not None], problems
 
 
-def _open_both(recipe: CorpusRecipe, log: Log) -> tuple[Split, Split, Moments | None]:
+def _open_both(recipe: CorpusRecipe, log: Log, video: bool) -> tuple[Split, Split, Moments | None]:
     """Open the training and the dev split, problems of both together; the moments are those stored, if any."""
-    corpus = OpenCorpus(recipe, log)
+    corpus = OpenCorpus(recipe, log, video=video)
     splits: list[Split] = []
     problems: list[str] = []
     for name in ["train"] if recipe.overfit_clips else ["train", "dev"]:

@@ -28,6 +28,15 @@ class Storage:
     dtype: np.dtype[Any]
     center: npt.NDArray[np.float32] | None = None
     scale: npt.NDArray[np.float32] | None = None
+    frame_size: int = 0
+    """Pixels a side to which the frames of a video are brought; 0 for features."""
+    crop_size: int = 0
+    """Pixels a side of the part of them that the model sees."""
+
+    @property
+    def frame_shape(self) -> tuple[int, ...]:
+        """Return the shape of a frame of a video as the model sees it, `(H, W, 3)`; empty for features."""
+        return (self.crop_size, self.crop_size, 3) if self.frame_size else ()
 
     def decode(self, stored: Stored) -> npt.NDArray[np.float32]:
         """Return the features `[T, D]` of stored values; a copy where they are not stored as float32."""
@@ -98,6 +107,7 @@ class Split:
         self.rows = rows
         self.max_frames = max_frames
         self.name, self.feature_dim, self.storage = table.split, table.feature_dim, table.storage
+        self.is_video = table.storage.frame_size > 0
         chosen = slice(None) if rows is None else rows
         self.num_frames: Ints = table.num_frames[chosen]
         if max_frames is not None:
@@ -169,15 +179,14 @@ class Split:
             raise named from None
 
 
-class FolderTable:
-    """Clips with a feature file each."""
+class ListedTable:
+    """Clips that are listed one by one; what holds however they are stored."""
 
     is_local = True
 
-    def __init__(self, split: str, clips: Sequence[Clip], feature_dim: int, where: str) -> None:
-        self.split, self.where, self.feature_dim = split, where, feature_dim
+    def __init__(self, split: str, clips: Sequence[Clip], feature_dim: int, where: str, storage: Storage) -> None:
+        self.split, self.where, self.feature_dim, self.storage = split, where, feature_dim, storage
         self.clips = clips
-        self.storage = Storage(dtype=np.dtype(np.float32))
         self.num_frames: Ints = np.array([clip.num_frames for clip in clips], dtype=np.int64)
         self.num_glosses: Ints = np.array([len(clip.glosses) for clip in clips], dtype=np.int64)
         self.min_outputs: Ints = np.array([min_output_frames(clip.glosses) for clip in clips], dtype=np.int64)
@@ -201,6 +210,24 @@ class FolderTable:
         """Return the glosses that occur in the split."""
         return {gloss for clip in self.clips for gloss in clip.glosses}
 
+    def warm(self, row: int) -> None:
+        """Do nothing: the files are small and the kernel reads ahead."""
+
+    def find_problems(self, share: int, shares: int) -> list[str]:
+        """Find none: what is wrong with a clip's files shows when they are read."""
+        return []
+
+    def read_order(self, rows: Ints) -> Ints:
+        """Return the order as it is: each clip has files of its own."""
+        return np.arange(len(rows))
+
+
+class FolderTable(ListedTable):
+    """Clips with a feature file each."""
+
+    def __init__(self, split: str, clips: Sequence[Clip], feature_dim: int, where: str) -> None:
+        super().__init__(split, clips, feature_dim, where, Storage(dtype=np.dtype(np.float32)))
+
     def read(self, row: int, buffer: Stored, *, verify: bool) -> Stored:
         """Return a clip's features, unpacked to an array of their own."""
         clip = self.clips[row]
@@ -212,9 +239,6 @@ class FolderTable:
             )
         return features
 
-    def warm(self, row: int) -> None:
-        """Do nothing: the files are small and the kernel reads ahead."""
-
     def scan(self, row: int) -> ClipScan:
         """Read and check a clip in full."""
         return scan_clip(self.clips[row].source, self.feature_dim)
@@ -224,14 +248,6 @@ class FolderTable:
         clips = [self.clips[row] for row in rows]
         facts = [(clip.split, clip.id, (stat := clip.source.stat()).st_size, stat.st_mtime_ns) for clip in clips]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-    def find_problems(self, share: int, shares: int) -> list[str]:
-        """Find none: what is wrong with a feature file shows when it is read."""
-        return []
-
-    def read_order(self, rows: Ints) -> Ints:
-        """Return the order as it is: each clip is a file of its own."""
-        return np.arange(len(rows))
 
 
 def shared_ids(one: Split, other: Split) -> str:

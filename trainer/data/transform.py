@@ -17,6 +17,7 @@ from torch import Tensor
 from trainer.data.augment import NOISE_VALUES, ClipDraw, noise_table, positions
 from trainer.data.normalization import Normalization, clip_statistics
 from trainer.data.table import Storage
+from trainer.data.video.view import View
 
 Affine: TypeAlias = Callable[[Tensor, Tensor], object]
 """Maps a block of stored values into a block of rows, which may be the same memory."""
@@ -33,6 +34,7 @@ class ClipContent:
 
     `stored` is the place of its values among the clips read for the cell, `draw` its augmentation (None: as it is),
     `start` and `num_frames` the rows it fills. A `partner` is resampled to them and mixed in with weight `1 - share`.
+    Of a video, `view` says what is taken.
     """
 
     stored: int
@@ -41,6 +43,7 @@ class ClipContent:
     draw: ClipDraw | None = None
     share: float = 1.0
     partner: ClipContent | None = None
+    view: View | None = None
 
 
 class FeatureTransform:
