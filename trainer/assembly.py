@@ -18,6 +18,7 @@ from trainer.data.normalization import Normalization
 from trainer.data.prepare import TrainingCorpus, prepare_corpus
 from trainer.data.table import Split
 from trainer.data.vocabulary import BLANK
+from trainer.distillation_sources import adopt_normalization, make_distillation, open_source
 from trainer.engine import Engine
 from trainer.errors import InputError, name_some
 from trainer.loop import TrainingRun
@@ -46,6 +47,7 @@ def build_run(recipe: Recipe, engine: Engine, progress: Progress, stop: StopRequ
     cost_model = engine.on_main(
         lambda: read_cost_model(Path(recipe.batch.cost_model)) if recipe.batch.cost_model else FRAMES_ONLY
     )
+    teacher = open_source(recipe, engine)
     corpus = prepare_corpus(
         recipe.corpus,
         recipe.model.total_stride,
@@ -55,7 +57,9 @@ def build_run(recipe: Recipe, engine: Engine, progress: Progress, stop: StopRequ
         checked=resumed.state.files_hash if resumed else "",
     )
     _check_corpus(corpus, resumed, engine, progress, recipe)
-        video=recipe.model.model in VIDEO_MODELS,
+    if start is None:
+        corpus = adopt_normalization(corpus, teacher, progress)
+    distillation = make_distillation(teacher, recipe, corpus, engine, progress)
     model = build_model(recipe.model, feature_dim=corpus.normalization.feature_dim, num_classes=len(corpus.vocabulary))
     if start is not None:
         _load_start(model, start, corpus, progress, where=str(path))
@@ -73,6 +77,7 @@ def build_run(recipe: Recipe, engine: Engine, progress: Progress, stop: StopRequ
     state.clips_hash, state.files_hash = corpus.clips_hash, corpus.files_hash
     engine.on_main(lambda: record(recipe, world_size=engine.world_size, device=str(engine.device)))
     if not engine.on_main(lambda: store.go_back_to(state, progress.say)):
+    engine.on_main(distillation.record)
         # The best checkpoint went with the steps that were lost: the next validation is the best one again.
         state.best = state.best_step = None
     progress.say(
@@ -105,6 +110,7 @@ def build_run(recipe: Recipe, engine: Engine, progress: Progress, stop: StopRequ
         stop=stop,
         relief=Relief(engine, recipe, trackers, progress.say),
     )
+        distillation=distillation,
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
@@ -113,7 +119,15 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     annotations = str(Path(corpus.annotations).absolute()) if corpus.annotations else ""
     # An address means the same everywhere.
     data_dir = corpus.data_dir if "://" in corpus.data_dir else str(Path(corpus.data_dir).absolute())
-    return dataclasses.replace(recipe, corpus=dataclasses.replace(corpus, data_dir=data_dir, annotations=annotations))
+    teacher, soft_targets = (
+        str(Path(path).absolute()) if path else ""
+        for path in (recipe.distillation.teacher, recipe.distillation.soft_targets)
+    )
+    return dataclasses.replace(
+        recipe,
+        corpus=dataclasses.replace(corpus, data_dir=data_dir, annotations=annotations),
+        distillation=dataclasses.replace(recipe.distillation, teacher=teacher, soft_targets=soft_targets),
+    )
 
 
 def make_training_loader(

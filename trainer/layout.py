@@ -35,13 +35,14 @@ def slot_frames(num_frames: Indices, total_stride: int) -> Indices:
 class TimeLayout:
     """Where the B clips of a micro-batch lie; N input frames, M output frames, L time positions.
 
-    `output_lengths`: output frames of each clip, on the host. `frame_positions` `[N]`: time position of each dense
-    frame. `masks`: per temporal stride, `[L / stride, 1]`, one on clips and zero in guards. `rnn_positions` `[M]`:
-    the output positions in the order of a packed sequence (time first, longest clip first); `rnn_batch_sizes` stays on
-    the host. `dense_order` `[M]` brings that order back to clip after clip. `row_seeds` `[M]`: one int32 per
-    output frame, in packed order, that dropout is drawn from; None in evaluation.
+    `input_lengths`, `output_lengths`: frames and output frames of each clip, on the host. `frame_positions` `[N]`: time
+    position of each dense frame. `masks`: per temporal stride, `[L / stride, 1]`, one on clips and zero in guards.
+    `rnn_positions` `[M]`: the output positions in the order of a packed sequence (time first, longest clip first);
+    `rnn_batch_sizes` stays on the host. `dense_order` `[M]` brings that order back to clip after clip. `row_seeds`
+    `[M]`: one int32 per output frame, in packed order, that dropout is drawn from; None in evaluation.
     """
 
+    input_lengths: tuple[int, ...]
     output_lengths: tuple[int, ...]
     length: int
     frame_positions: Tensor
@@ -89,6 +90,7 @@ def lay_out(num_frames: Indices, total_stride: int, keys: UInt64s | None = None)
         with np.errstate(over="ignore"):
             seeds = mix(keys[clips] + times.astype(np.uint64)).astype(np.uint32).view(np.int32)
     return TimeLayout(
+        input_lengths=tuple(int(n) for n in num_frames),
         output_lengths=tuple(int(n) for n in outputs),
         length=int(slots.sum()),
         frame_positions=torch.from_numpy(np.repeat(starts, num_frames) + _within(num_frames)),

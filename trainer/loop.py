@@ -19,6 +19,7 @@ from trainer.data.batch import MicroBatch
 from trainer.data.cost import COST_MODEL, CostFitter, heaviest_share
 from trainer.data.loader import EvaluationLoader, StepShare, TrainingLoader
 from trainer.data.prepare import TrainingCorpus
+from trainer.distillation import Distillation, Undistilled
 from trainer.engine import Engine
 from trainer.engine.engine import count_graphs
 from trainer.errors import TrainingFailedError, name_some
@@ -58,6 +59,7 @@ class TrainingRun:
     progress: Progress
     stop: StopRequest
     relief: Relief
+    distillation: Distillation | Undistilled
 
     def __post_init__(self) -> None:
         run = self.recipe.run
@@ -66,7 +68,12 @@ class TrainingRun:
         self.num_clips = self.loader.plan.num_clips
         longest = slot_frames(np.array([self.loader.plan.num_frames.max()]), self.loader.plan.total_stride)[0]
         budget = choose_budget(
-            self.engine, self.loader, recipe=self.recipe, run_dir=Path(run.output_dir), say=self.progress.say
+            self.engine,
+            self.loader,
+            recipe=self.recipe,
+            run_dir=Path(run.output_dir),
+            say=self.progress.say,
+            distillation=self.distillation,
         )
         self.memory = FrameBudget(budget, int(longest))
         steps_per_epoch = -(-self.num_clips // self.batch_size)
@@ -171,6 +178,7 @@ class TrainingRun:
                         gradient_clip=self.recipe.optimization.gradient_clip,
                         label_smoothing=self.recipe.objective.label_smoothing,
                         stop_requested=self.stop.requested,
+                        distillation=self.distillation,
                     )
                 except BrokenPassError as error:
                     self.relief.descend_alone(
@@ -210,6 +218,8 @@ class TrainingRun:
         }
         if outcome.applied:
             sums |= {"steps": 1.0, "loss": outcome.loss, "grad_norm": outcome.grad_norm}
+            if self.distillation.active:
+                sums["ctc_loss"] = outcome.ctc_loss
         for name, value in sums.items():
             window[name] = window.get(name, 0.0) + value
         window["lr"] = rate
@@ -328,6 +338,10 @@ class TrainingRun:
                 "data_wait_fraction": window["wait_seconds"] / window["rank_seconds"],
                 "skipped_steps": self.state.skipped_steps,
             }
+            if "ctc_loss" in window:
+                metrics["train/ctc_loss"] = window["ctc_loss"] / applied
+                part = self.distillation.part(metrics["train/loss"], metrics["train/ctc_loss"])
+                metrics["train/distillation_loss"] = part
         metrics |= extra
         self.state.window = {}
         for tracker in self.trackers:
@@ -402,5 +416,7 @@ class TrainingRun:
         goal = ""
         if run.target_wer is not None and not reason.startswith(("reached", _STOPPED)):
             goal = f"; target WER {run.target_wer} % NOT reached"
+        if not reason.startswith(_STOPPED):
+            goal += self.distillation.verdict(state.best_wer)
         go_on = "; go on with --resume auto" if reason.startswith(_STOPPED) else ""
         return f"{reason} at step {state.step}{best}{goal}{go_on} ({run.output_dir})"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from trainer.data.batch import MicroBatch
 from trainer.data.loader import StepShare
+from trainer.distillation import Distillation, Undistilled
 from trainer.engine import Engine
 from trainer.memory.exhaustion import free_memory, is_exhaustion
 from trainer.objectives.ctc import ctc_objective
@@ -47,6 +48,7 @@ class Passes:
     label_smoothing: float
     reserve: Callable[[int], bool] | None = None
     """Tells whether memory for a cell of this many frames can be had; None where nobody knows what that takes."""
+    distillation: Distillation | Undistilled = field(default_factory=Undistilled)
 
     def __post_init__(self) -> None:
         self.waited = 0.0
@@ -60,6 +62,8 @@ class Passes:
         """Place in the global batch of a clip that does not fit even alone."""
         self._loader_ended = False
         self._losses: list[Tensor] = []
+        self._ctc_sums: list[Tensor] = []
+        self._scale = self.distillation.scale(self.share)
         self._clips: list[tuple[int, ...]] = []
 
     def run(self, cells: Iterator[MicroBatch]) -> None:
@@ -80,6 +84,10 @@ class Passes:
             clip for value, part in zip(values, self._clips, strict=True) if not torch.isfinite(value) for clip in part
         ]
         return float(values.sum()), tuple(suspects)
+
+    def ctc_sum(self) -> float:
+        """Return CTC's part of the losses, before it is weighted against a teacher's."""
+        return float(torch.stack(self._ctc_sums).double().sum()) if self._ctc_sums else 0.0
 
     def _run_freely(self, todo: deque[tuple[Cell, bool]], cells: Iterator[MicroBatch]) -> None:
         done: list[Cell] = []
@@ -102,6 +110,7 @@ class Passes:
             if broke == _BACKWARD:
                 self.engine.forget_passes()
                 self._losses.clear()
+                self._ctc_sums.clear()
                 self._clips.clear()
                 halves, done = [*done, *halves], []
             todo.extendleft((half, False) for half in reversed(halves))
@@ -150,10 +159,13 @@ class Passes:
         """Go forward and backward; return where memory ran out, if it did."""
         stage = _FORWARD
         try:
+            # First, so that the teacher's activations are gone when the student's come.
+            targets = self.distillation.targets(cell)
             logits = self.engine.forward(cell.features, cell.layout)
-            loss_sum = ctc_objective(
+            ctc_sum = ctc_objective(
                 logits, cell.layout.output_lengths, cell.labels, cell.partner_labels, self.label_smoothing
             )
+            loss_sum = self.distillation.blend(ctc_sum, logits, targets, self._scale)
             stage = _BACKWARD
             self.engine.backward(loss_sum, self.share.denominator, is_last=is_last)
         except Exception as error:
@@ -164,6 +176,7 @@ class Passes:
             return stage
         # Left on the device: asking for the number would wait for the pass to end, and the next one would begin late.
         self._losses.append(loss_sum.detach())
+        self._ctc_sums.append(ctc_sum.detach())
         self._clips.append(cell.clips)
         return None
 

@@ -148,6 +148,26 @@ class ObjectiveRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillationRecipe:
+    """Distillation: alpha x T^2 x KL(teacher || student) + (1 - alpha) x CTC, where a teacher is named."""
+
+    teacher: str = ""
+    """Run or checkpoint of the teacher, which sees each clip as the student does: augmented, mixed up (online)."""
+    soft_targets: str = ""
+    """Folder that trainer.extract wrote: the teacher's distributions over the clips as they are (cached)."""
+    distill_alpha: ClosedUnitInterval = 0.7
+    """Weight of the divergence from the teacher; CTC has the rest."""
+    distill_temperature: PositiveFloat = 3.0
+    """Temperature of both distributions."""
+    distill_blank_weight: ClosedUnitInterval = 1.0
+    """Weight of the frames on which the teacher's likeliest class is the blank (1: kept, 0: excluded)."""
+    teacher_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision of the teacher's forward pass, whatever the student's is."""
+    target_ratio: PositiveFloat | None = None
+    """Say at the end whether the best dev WER is at most this many times the teacher's (1.1: within 10 %)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizationRecipe:
     """Optimization."""
 
@@ -231,6 +251,7 @@ class Recipe:
     model: ModelRecipe = field(default_factory=ModelRecipe)
     batch: BatchRecipe = field(default_factory=BatchRecipe)
     objective: ObjectiveRecipe = field(default_factory=ObjectiveRecipe)
+    distillation: DistillationRecipe = field(default_factory=DistillationRecipe)
     optimization: OptimizationRecipe = field(default_factory=OptimizationRecipe)
     run: RunRecipe = field(default_factory=RunRecipe)
 
@@ -265,6 +286,7 @@ GROUPS: dict[str, type[Any]] = {
     "model": ModelRecipe,
     "batch": BatchRecipe,
     "objective": ObjectiveRecipe,
+    "distillation": DistillationRecipe,
     "optimization": OptimizationRecipe,
     "run": RunRecipe,
 }
@@ -279,6 +301,10 @@ FREE_ON_RESUME = frozenset(
         "cache_dir",
         "cache_gb",
         "cost_model",
+        # Who the teacher is, the run directory knows; how it is asked, online or by its soft targets, is free.
+        "teacher",
+        "soft_targets",
+        "target_ratio",
         "max_frames_per_microbatch",
         "activation_checkpointing",
         "compile",
@@ -329,11 +355,44 @@ def combination_problems(recipe: Recipe) -> list[str]:
         problems.append(f"target_wer: {run.target_wer} is below 0; give a WER in percent")
     if corpus.augment_frame_drop >= 1 or corpus.augment_rescale >= 1:
         problems.append("augment_frame_drop and augment_rescale: 1.0 leaves no frame; choose values below 1")
+    if corpus.crop_size > corpus.frame_size:
+        problems.append(
+            f"crop_size: {corpus.crop_size} pixels of frames of {corpus.frame_size}; lower it, or raise frame_size"
+        )
+    problems += _distillation_problems(recipe)
     problems += _video_problems(recipe)
     for name, edges in (model.streams or {}).items():
         if not edges or len(edges) % 2 or any(a < 0 or a >= b for a, b in zip(edges[::2], edges[1::2], strict=False)):
             problems.append(
                 f"streams: {name} is {edges}; write start and stop of each slice, e.g. [0, 99], start < stop"
+            )
+    return problems
+
+
+def _distillation_problems(recipe: Recipe) -> list[str]:
+    distillation, corpus = recipe.distillation, recipe.corpus
+    problems = []
+    if distillation.teacher and distillation.soft_targets:
+        problems.append(
+            "teacher and soft_targets: a student learns from one of them; drop --soft_targets (online), or --teacher "
+            "(cached)"
+        )
+    if distillation.target_ratio is not None and not (distillation.teacher or distillation.soft_targets):
+        problems.append("target_ratio: is measured against a teacher; name one with --teacher or --soft_targets")
+    if distillation.soft_targets:
+        changes = [
+            f"{name} {value}"
+            for name, value, changed in (
+                ("augment_rescale", corpus.augment_rescale, corpus.augment and corpus.augment_rescale > 0),
+                ("augment_frame_drop", corpus.augment_frame_drop, corpus.augment and corpus.augment_frame_drop > 0),
+                ("mixup_alpha", recipe.objective.mixup_alpha, recipe.objective.mixup_alpha > 0),
+            )
+            if changed
+        ]
+        if changes:
+            problems.append(
+                f"soft_targets: fit the frames of the clips as they are, but {', '.join(changes)} changes them; let "
+                "the teacher see what the student sees (--teacher RUN instead), or set these to 0"
             )
     return problems
 

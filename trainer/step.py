@@ -11,6 +11,7 @@ import torch
 
 from trainer.data.batch import MicroBatch
 from trainer.data.loader import StepShare
+from trainer.distillation import Distillation, Undistilled
 from trainer.engine import Engine, Update
 from trainer.passes import Cell, Passes
 
@@ -20,6 +21,8 @@ class StepOutcome:
     """What all ranks know after a step; seconds are sums over ranks."""
 
     loss: float
+    ctc_loss: float
+    """CTC's part of the loss, before it is weighted against a teacher's; the loss itself where there is none."""
     grad_norm: float
     applied: bool
     overflowed: bool
@@ -52,13 +55,14 @@ def train_step(
     label_smoothing: float,
     stop_requested: bool,
     reserve: Callable[[int], bool] | None = None,
+    distillation: Distillation | Undistilled | None = None,
 ) -> StepOutcome:
     """Run one optimizer step of the global batch.
 
     The step is applied, skipped or repeated by all ranks together: what is not finite on one of them is skipped on all.
     """
     started = time.perf_counter()
-    passes = Passes(engine, share, reload, label_smoothing, reserve)
+    passes = Passes(engine, share, reload, label_smoothing, reserve, distillation or Undistilled())
     passes.run(cells)
     total, suspects = passes.losses()
     finite = math.isfinite(total)
@@ -74,11 +78,12 @@ def train_step(
                 float(passes.shortages),
                 float(passes.incomplete),
                 float(passes.misfit is not None),
+                passes.ctc_sum() if finite else 0.0,
             ],
             dtype=torch.float64,
         )
     )
-    loss_sum, not_finite, stops, wait_seconds, seconds, shortages, incomplete, misfits = agreed.tolist()
+    loss_sum, not_finite, stops, wait_seconds, seconds, shortages, incomplete, misfits, ctc_sum = agreed.tolist()
     if not_finite or incomplete or misfits:
         engine.discard()
         update = Update(grad_norm=math.nan, applied=False)
@@ -86,6 +91,7 @@ def train_step(
         update = engine.update(learning_rate, gradient_clip)
     return StepOutcome(
         loss=loss_sum / share.denominator,
+        ctc_loss=ctc_sum / share.denominator,
         grad_norm=update.grad_norm,
         applied=update.applied,
         overflowed=not update.applied and engine.loss_scale.is_dynamic and math.isinf(update.grad_norm),

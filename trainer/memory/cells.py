@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.batch import MicroBatch, make_labels
+from trainer.distillation import Distillation, Undistilled
 from trainer.engine import Engine
 from trainer.layout import lay_out, slot_frames
 from trainer.memory.model import Load
@@ -59,10 +60,20 @@ def random_cell(
     return MicroBatch(**{**vars(batch), "features": features})
 
 
-def run_pass(engine: Engine, cell: MicroBatch, objective: ObjectiveRecipe, *, is_last: bool = False) -> None:
+def run_pass(
+    engine: Engine,
+    cell: MicroBatch,
+    objective: ObjectiveRecipe,
+    *,
+    is_last: bool = False,
+    distillation: Distillation | Undistilled | None = None,
+) -> None:
     """Go forward and backward over a cell, as a step does."""
+    teacher = distillation or Undistilled()
+    targets = teacher.targets(cell, made_up=True)
     logits = engine.forward(cell.features, cell.layout)
-    engine.backward(loss_of(logits, cell, objective), 1.0, is_last=is_last)
+    loss_sum = teacher.blend(loss_of(logits, cell, objective), logits, targets, 1.0)
+    engine.backward(loss_sum, 1.0, is_last=is_last)
 
 
 def loss_of(logits: Tensor, cell: MicroBatch, objective: ObjectiveRecipe) -> Tensor:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from trainer.data.loader import TrainingLoader
+from trainer.distillation import Distillation, Undistilled
 from trainer.engine import Engine
 from trainer.files import write_json
 from trainer.layout import slot_frames
@@ -77,7 +78,14 @@ class ProbeResult:
 
 
 def choose_budget(
-    engine: Engine, loader: TrainingLoader, *, recipe: Recipe, run_dir: Path, say: Say, force: bool = False
+    engine: Engine,
+    loader: TrainingLoader,
+    *,
+    recipe: Recipe,
+    run_dir: Path,
+    say: Say,
+    force: bool = False,
+    distillation: Distillation | Undistilled | None = None,
 ) -> int:
     """Return `max_frames_per_microbatch` for this hardware; all ranks must call it, and get the same.
 
@@ -105,7 +113,8 @@ def choose_budget(
     if stored is not None:
         say(f"memory: {stored} frames a micro-batch, as probed before ({path.name})")
         return stored
-    found = probe(engine, loader, worst, goal=goal, states=_STATES[recipe.optimization.optimizer])
+    states = _STATES[recipe.optimization.optimizer]
+    found = probe(engine, loader, worst, goal=goal, states=states, distillation=distillation)
     engine.on_main(lambda: write_json(path, _to_json(found, key, engine)))
     say(_describe(found))
     idle = fragmentation(engine.device)
@@ -123,13 +132,14 @@ def probe(
     goal: int,
     states: int = 2,
     limit: Callable[[torch.device], int | None] = capacity,
+    distillation: Distillation | Undistilled | None = None,
 ) -> ProbeResult:
     """Find the largest budget up to `goal` that fits on every rank.
 
     `states`: optimizer states per weight, which are made in the first step and must fit too. `limit`: what a rank may
     use. Raises `BrokenPassError` if memory runs out inside a pass of a backend that communicates there.
     """
-    return _Probe(engine, loader, worst, states, limit).run(goal)
+    return _Probe(engine, loader, worst, states, limit, distillation).run(goal)
 
 
 class _Probe:
@@ -140,7 +150,9 @@ class _Probe:
         worst: WorstCells,
         states: int,
         limit: Callable[[torch.device], int | None],
+        distillation: Distillation | Undistilled | None,
     ) -> None:
+        self._distillation = distillation
         self._engine, self._loader, self._worst = engine, loader, worst
         self._states, self._limit = states, limit
         in_step = engine.communicates_in_passes
@@ -245,7 +257,7 @@ class _Probe:
                     device=self._engine.device,
                     mixed=loader.objective.mixup_alpha > 0,
                 )
-                run_pass(self._engine, cell, loader.objective)
+                run_pass(self._engine, cell, loader.objective, distillation=self._distillation)
         except Exception as error:
             if not is_exhaustion(error):
                 raise
@@ -286,6 +298,7 @@ def _key(engine: Engine, loader: TrainingLoader, recipe: Recipe, goal: int, floo
         "version": _VERSION,
         "model": asdict(recipe.model),
         "objective": asdict(recipe.objective),
+        "distillation": asdict(recipe.distillation),
         "optimizer": recipe.optimization.optimizer,
         "precision": recipe.run.mixed_precision,
         "activation_checkpointing": recipe.run.activation_checkpointing,
