@@ -55,6 +55,7 @@ def build_run(recipe: Recipe, engine: Engine, progress: Progress, stop: StopRequ
         progress.say,
         known=_known_normalization(start, recipe),
         checked=resumed.state.files_hash if resumed else "",
+        video=recipe.model.model in VIDEO_MODELS,
     )
     _check_corpus(corpus, resumed, engine, progress, recipe)
     if start is None:
@@ -76,8 +77,8 @@ def build_run(recipe: Recipe, engine: Engine, progress: Progress, stop: StopRequ
     state.num_clips, state.world_size = len(corpus.train), engine.world_size
     state.clips_hash, state.files_hash = corpus.clips_hash, corpus.files_hash
     engine.on_main(lambda: record(recipe, world_size=engine.world_size, device=str(engine.device)))
-    if not engine.on_main(lambda: store.go_back_to(state, progress.say)):
     engine.on_main(distillation.record)
+    if not engine.on_main(lambda: store.go_back_to(state, progress.say)):
         # The best checkpoint went with the steps that were lost: the next validation is the best one again.
         state.best = state.best_step = None
     progress.say(
@@ -109,12 +110,12 @@ def build_run(recipe: Recipe, engine: Engine, progress: Progress, stop: StopRequ
         progress=progress,
         stop=stop,
         relief=Relief(engine, recipe, trackers, progress.say),
-    )
         distillation=distillation,
+    )
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
-    """Let the stored recipe find the corpus from any folder."""
+    """Let the stored recipe find the corpus and the teacher from any folder."""
     corpus = recipe.corpus
     annotations = str(Path(corpus.annotations).absolute()) if corpus.annotations else ""
     # An address means the same everywhere.
@@ -141,6 +142,8 @@ def make_training_loader(
         time_mask=c.augment_time_mask,
         feature_mask=c.augment_feature_mask,
         noise=c.augment_noise,
+        flip=c.augment_flip,
+        color=c.augment_color,
     )
     return TrainingLoader(
         split=corpus.train,
@@ -156,8 +159,6 @@ def make_training_loader(
         vocabulary=corpus.vocabulary,
         objective=recipe.objective,
         num_workers=c.num_workers,
-        flip=c.augment_flip,
-        color=c.augment_color,
         device=engine.device,
         cost_model=cost_model,
     )

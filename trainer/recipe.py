@@ -406,6 +406,8 @@ def _video_problems(recipe: Recipe) -> list[str]:
             if getattr(model, name)
         ]
     problems = []
+    if recipe.objective.mixup_alpha:
+        problems.append(f"mixup_alpha: mixes features, {model.model} takes video; set it to 0")
     if model.streams:
         problems.append(f"streams: are slices of features, {model.model} takes video; drop them")
     if model.pretrained and model.model == "i3d":
@@ -420,5 +422,3 @@ def _video_problems(recipe: Recipe) -> list[str]:
             "--norm group"
         )
     return problems
-    if recipe.objective.mixup_alpha:
-        problems.append(f"mixup_alpha: mixes features, {model.model} takes video; set it to 0")
