@@ -22,6 +22,7 @@ from trainer.layout import slot_frames
 from trainer.models.build import build_model, load_weights
 from trainer.observe.progress import Progress
 from trainer.options import OptionParser
+from trainer.recipe import VIDEO_MODELS
 from trainer.scoring.ctm_stm import CtmRow, StmRow, write_ctm, write_stm
 from trainer.scoring.decoder import Decoder, add_decoder_options, check_decoder_options, open_decoder
 from trainer.scoring.decoding import Emission
@@ -90,7 +91,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--cache_dir", help="node-local cache of a packed corpus (default: the run's)")
     parser.add_argument("--cache_gb", type=float, help="its largest size, in 10^9 bytes (default: the run's)")
-    parser.add_argument("--allow_missing", action="store_true", help="leave out clips without a feature file, aloud")
+    parser.add_argument("--allow_missing", action="store_true", help="leave out clips without a feature file or frames")
     parser.add_argument(
         "--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="precision (default: no)"
     )
@@ -137,7 +138,8 @@ def _read_clips(options: argparse.Namespace, checkpoint: Checkpoint, progress: P
     corpus = dataclasses.replace(corpus, **given)
     if options.allow_missing:
         corpus = dataclasses.replace(corpus, allow_missing=True)
-    clips = OpenCorpus(corpus, progress.say).split(options.split, expected_dim=checkpoint.normalization.feature_dim)
+    opened = OpenCorpus(corpus, progress.say, video=checkpoint.recipe.model.model in VIDEO_MODELS)
+    clips = opened.split(options.split, expected_dim=checkpoint.normalization.feature_dim)
     problems = clips.table.find_problems(0, 1)
     if problems:
         raise InputError(problems)
