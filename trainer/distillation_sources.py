@@ -28,7 +28,7 @@ from trainer.layout import lay_out, slot_frames
 from trainer.models.build import build_model, load_weights
 from trainer.objectives.ctc import float32_log_probs
 from trainer.observe.progress import Progress
-from trainer.recipe import Recipe
+from trainer.recipe import VIDEO_MODELS, Recipe
 from trainer.softtargets.store import SoftTargets, checkpoint_fingerprint, stand_in
 from trainer.validation import evaluate
 
@@ -67,6 +67,7 @@ class OnlineTeacher:
         """Refuse another vocabulary, dimension or normalisation; load the model; measure its dev WER."""
         found = self.normalization
         _check_vocabulary(self.checkpoint.vocabulary, corpus.vocabulary, self.where)
+        _check_input(self.checkpoint.recipe, recipe, self.where)
         if found.feature_dim != corpus.normalization.feature_dim:
             raise InputError(
                 f"{self.where}: the teacher takes features of D = {found.feature_dim}, the corpus has "
@@ -274,6 +275,22 @@ def _check_vocabulary(theirs: Vocabulary, ours: Vocabulary, where: str) -> None:
         raise InputError(
             f"{where}: the teacher's vocabulary is not the student's: {'; '.join(parts) or 'another order'}; class for "
             "class they must mean the same: use a teacher of this corpus"
+        )
+
+
+def _check_input(theirs: Recipe, ours: Recipe, where: str) -> None:
+    """Refuse a teacher of video for a student of features, the other way round, and frames of another size."""
+    kinds = ["video" if one.model.model in VIDEO_MODELS else "features" for one in (theirs, ours)]
+    if kinds[0] != kinds[1]:
+        raise InputError(
+            f"{where}: the teacher takes {kinds[0]}, the student {kinds[1]}, and they cannot see the same clip; "
+            "extract its soft targets from its own corpus of the same clips, and use --soft_targets"
+        )
+    sizes = [(one.corpus.frame_size, one.corpus.frame_crop) for one in (theirs, ours)]
+    if kinds[0] == "video" and sizes[0] != sizes[1]:
+        raise InputError(
+            f"{where}: the teacher was trained on {sizes[0][1]} of {sizes[0][0]} pixels, the student sees "
+            f"{sizes[1][1]} of {sizes[1][0]}; use --frame_size {sizes[0][0]} --crop_size {sizes[0][1]}, or the teacher's soft targets"
         )
 
 

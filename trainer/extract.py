@@ -28,6 +28,7 @@ from trainer.models.build import build_model, load_weights
 from trainer.objectives.ctc import float32_log_probs
 from trainer.observe.progress import Progress
 from trainer.options import OptionParser
+from trainer.recipe import VIDEO_MODELS
 from trainer.softtargets.compression import Compression
 from trainer.softtargets.store import (
     Extraction,
@@ -134,7 +135,7 @@ def _corpus(options: argparse.Namespace, checkpoint: Checkpoint, progress: Progr
         recipe = dataclasses.replace(recipe, data_dir=options.data_dir, annotations=options.annotations or "")
     elif options.annotations:
         recipe = dataclasses.replace(recipe, annotations=options.annotations)
-    return OpenCorpus(recipe, progress.say)
+    return OpenCorpus(recipe, progress.say, video=checkpoint.recipe.model.model in VIDEO_MODELS)
 
 
 def _default_output(folder: Path, split: str) -> Path:
