@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import sys
 from collections.abc import Sequence
@@ -246,20 +245,11 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Recipe]:
     add("--vocabulary", type=_positive, metavar="V", help="with --lengths: glosses")
     add("--json", action="store_true", help="print JSON in place of the table")
     # Imported here: it takes half a second that no other command needs.
-    from trainer.parsing import field_names, parse_recipe
+    from trainer.parsing import parse_recipe
 
-    options, rest = parser.parse_known_args(list(argv))
-    own = [flag for action in parser._actions for flag in action.option_strings]
-    known = [*(f"--{name}" for name in (*field_names(), "config", "print_config")), *own]
-    problems = []
-    for flag in (word.split("=")[0] for word in rest if word.startswith("--")):
-        if flag not in known:
-            nearest = difflib.get_close_matches(flag, known, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else "--help lists the options"
-            problems.append(f"{parser.prog}: unknown option {flag}; {hint}")
-    if problems:
-        raise InputError(problems)
+    options, rest = parser.parse_beside_recipe(argv)
     recipe = parse_recipe(rest, parser.prog, check=False)
+    problems = []
     if options.lengths:
         # Stands in for the corpus, which is then not asked for.
         corpus = dataclasses.replace(recipe.corpus, data_dir=recipe.corpus.data_dir or str(options.lengths))

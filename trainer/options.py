@@ -24,11 +24,26 @@ class OptionParser(argparse.ArgumentParser):
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """Parse a command line."""
         words = list(sys.argv[1:] if argv is None else argv)
-        known = [flag for action in self._actions for flag in action.option_strings]
+        self._refuse_unknown(words, [])
+        return self.parse_args(words)
+
+    def parse_beside_recipe(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Parse a command line that may hold the flags of a recipe too; return its own options, and those flags."""
+        # Imported here: it takes half a second that the other commands need not wait for.
+        from trainer.parsing import field_names
+
+        options, rest = self.parse_known_args(list(argv))
+        self._refuse_unknown(rest, [f"--{name}" for name in (*field_names(), "config", "print_config")])
+        return options, rest
+
+    def _refuse_unknown(self, words: Sequence[str], others: Sequence[str]) -> None:
         # Before anything else: a misspelled option should not be reported as a missing one.
+        known = [*others, *(flag for action in self._actions for flag in action.option_strings)]
+        problems = []
         for flag in (word.split("=")[0] for word in words if word.startswith("--")):
             if flag not in known:
                 nearest = difflib.get_close_matches(flag, known, n=1)
                 hint = f"did you mean {nearest[0]}?" if nearest else "--help lists the options"
-                raise InputError(f"{self.prog}: unknown option {flag}; {hint}")
-        return self.parse_args(words)
+                problems.append(f"{self.prog}: unknown option {flag}; {hint}")
+        if problems:
+            raise InputError(problems)

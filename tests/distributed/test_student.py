@@ -37,6 +37,7 @@ def test_loss_per_step_on_two_ranks_is_that_of_one(corpus: Path, tmp_path: Path,
     assert column(tmp_path / "run", "val/wer") == column(single, "val/wer")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["zero1", "zero3", "fsdp2"])
 def test_sharded_backends_follow_it_with_blocks_recomputed(
     corpus: Path, tmp_path: Path, single: Path, backend: str
