@@ -19,9 +19,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from trainer.data import signing
 from trainer.data.lengths import draw_adjacent_repeats, draw_phoenix_lengths
+from trainer.data.video.rendering import render
 from trainer.errors import InputError
 
 SPLITS = ("train", "dev", "test")
@@ -31,6 +33,7 @@ UNSEEN_EVERY = 4
 """Every fourth clip of dev and test is signed by a signer who is not in train."""
 MIN_OCCURRENCES = 3
 """Every gloss of the vocabulary occurs at least this often in train."""
+MIN_FRAME_SIZE = 32
 MIN_CLIPS, MIN_VOCABULARY, MIN_FEATURES, MIN_SIGNERS = 5, 3, 32, 2
 
 
@@ -74,6 +77,8 @@ class SyntheticSpec:
     """Standard deviation of the sensor's noise, where signing itself moves a coordinate within -1 and 1."""
     dropout: float = 0.01
     """Chance per frame and hand that its detection is lost, for 1-4 frames: zeros, as extractors write."""
+    frame_size: int = 0
+    """Pixels a side of rendered frames, in PHOENIX-2014's layout; 0: features."""
 
     def __post_init__(self) -> None:
         if self.size not in _DEFAULTS:
@@ -99,6 +104,8 @@ class SyntheticSpec:
             )
             if not value >= least
         ]
+        if self.frame_size and self.frame_size < MIN_FRAME_SIZE:
+            problems.append(f"--frame_size {self.frame_size}: use {MIN_FRAME_SIZE} or more")
         if not 0.0 <= self.dropout < 1.0:
             problems.append(f"dropout {self.dropout:g}: use a chance in [0, 1)")
         if self.clips >= MIN_CLIPS and self.vocabulary_size > most:
@@ -126,8 +133,8 @@ class SyntheticClip(NamedTuple):
     id: str
     signer: str
     glosses: list[str]
-    features: NDArray[np.float32]
-    """Raw features, [T, D]."""
+    features: NDArray[np.generic]
+    """Raw features, float32 [T, D], or frames, uint8 [T, H, W, 3]."""
 
 
 class SplitSummary(NamedTuple):
@@ -182,11 +189,16 @@ def invent_clip(spec: SyntheticSpec, split: str, index: int) -> SyntheticClip:
     is_unseen = split != "train" and index % UNSEEN_EVERY == UNSEEN_EVERY - 1
     signer = int(rng.integers(seen, spec.signers) if is_unseen else rng.integers(seen))
     movement = signing.perform(language, signers[signer], sentence, num_frames, rng)
+    features: NDArray[np.generic]
+    if spec.frame_size:
+        features = render(movement, size=spec.frame_size, signer=signer, noise=spec.noise, rng=rng)
+    else:
+        features = signing.observe(sensor, movement, spec.noise, spec.dropout, rng)
     return SyntheticClip(
         id=f"{split}-{index:06d}",
         signer=f"Signer{signer + 1:02d}",
         glosses=[f"GLOSS{gloss:04d}" for gloss in sentence],
-        features=signing.observe(sensor, movement, spec.noise, spec.dropout, rng),
+        features=features,
     )
 
 
@@ -195,8 +207,9 @@ def write_corpus(spec: SyntheticSpec, out: Path, log: Callable[[str], None] = pr
 
     `out/{train,dev,test}/<id>.npz` hold `features` float32 [T, D], `out/annotations/{split}.corpus.csv` hold
     `id|folder|signer|annotation` as PHOENIX writes it, and `out/synthetic.json` the spec, the streams' columns
-    and the signers. Raises `InputError` when `out` exists and is not an empty directory, cannot be written or
-    does not fit on its disk.
+    and the signers. With a frame size the layout is PHOENIX-2014's: PNG frames in
+    `out/features/fullFrame-<size>x<size>px/<split>/<id>/1/`, annotations in `out/annotations/manual/`.
+    Raises `InputError` when `out` exists and is not an empty directory, cannot be written or does not fit on its disk.
     """
     out = out.resolve()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -209,7 +222,7 @@ def write_corpus(spec: SyntheticSpec, out: Path, log: Callable[[str], None] = pr
         try:
             # Not the scratch directory itself: mkdtemp closes it to everybody else.
             corpus = scratch / "corpus"
-            (corpus / "annotations").mkdir(parents=True)
+            _annotations(spec, corpus).mkdir(parents=True)
             summaries = [_write_split(spec, split, corpus, log) for split in SPLITS]
             (corpus / "synthetic.json").write_text(json.dumps(_describe(spec), indent=2) + "\n", encoding="utf-8")
             corpus.rename(out)
@@ -222,39 +235,62 @@ def write_corpus(spec: SyntheticSpec, out: Path, log: Callable[[str], None] = pr
 
 def _check_space(spec: SyntheticSpec, directory: Path) -> None:
     clips = sum(spec.clips_of(split) for split in SPLITS)
-    needed = clips * _DEFAULTS[spec.size].mean_frames * spec.feature_dim * np.dtype(np.float32).itemsize
+    # PNG saves little of noisy frames.
+    frame_bytes = 3 * spec.frame_size**2 or spec.feature_dim * np.dtype(np.float32).itemsize
+    needed = clips * _DEFAULTS[spec.size].mean_frames * frame_bytes
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise InputError(
             f"the corpus takes about {needed / 1e9:.1f} GB, {directory} has {free / 1e9:.1f} GB left: "
-            "lower --clips or --feature_dim, or choose another --out"
+            f"lower --clips or --{'frame_size' if spec.frame_size else 'feature_dim'}, or choose another --out"
         )
 
 
 def _write_split(spec: SyntheticSpec, split: str, corpus: Path, log: Callable[[str], None]) -> SplitSummary:
-    (corpus / split).mkdir()
+    folder = corpus / split
+    if spec.frame_size:
+        folder = corpus / "features" / f"fullFrame-{spec.frame_size}x{spec.frame_size}px" / split
+    folder.mkdir(parents=True)
 
     def write(index: int) -> tuple[str, int, int, int]:
         clip = invent_clip(spec, split, index)
-        path = corpus / split / f"{clip.id}.npz"
-        _write_npz(path, clip.features)
-        line = f"{clip.id}|{split}/{clip.id}.npz|{clip.signer}|{' '.join(clip.glosses)}"
-        return line, len(clip.features), len(clip.glosses), path.stat().st_size
+        if spec.frame_size:
+            where, written = f"{clip.id}/1/*.png", _write_frames(folder / clip.id / "1", clip)
+        else:
+            where, written = f"{split}/{clip.id}.npz", _write_npz(folder / f"{clip.id}.npz", clip.features)
+        line = f"{clip.id}|{where}|{clip.signer}|{' '.join(clip.glosses)}"
+        return line, len(clip.features), len(clip.glosses), written
 
     with ThreadPoolExecutor() as pool:
         lines, frames, glosses, sizes = zip(*pool.map(write, range(spec.clips_of(split))), strict=True)
     annotations = ["id|folder|signer|annotation", *lines]
-    (corpus / "annotations" / f"{split}.corpus.csv").write_text("\n".join(annotations) + "\n", encoding="utf-8")
+    (_annotations(spec, corpus) / f"{split}.corpus.csv").write_text("\n".join(annotations) + "\n", encoding="utf-8")
     summary = SplitSummary(split, len(lines), sum(frames), sum(glosses), sum(sizes))
     log(f"{split}: {summary.clips} clips")
     return summary
 
 
-def _write_npz(path: Path, features: NDArray[np.float32]) -> None:
+def _annotations(spec: SyntheticSpec, corpus: Path) -> Path:
+    return corpus / "annotations" / ("manual" if spec.frame_size else "")
+
+
+def _write_frames(folder: Path, clip: SyntheticClip) -> int:
+    """Write PNG frames named as PHOENIX names them; return their bytes."""
+    folder.mkdir(parents=True)
+    written = 0
+    for number, frame in enumerate(clip.features):
+        path = folder / f"{clip.id}_fn{number:06d}-0.png"
+        Image.fromarray(frame).save(path, compress_level=1)
+        written += path.stat().st_size
+    return written
+
+
+def _write_npz(path: Path, features: NDArray[np.generic]) -> int:
     # np.savez stamps the current time on every member; a fixed one keeps equal corpora equal in bytes.
     member = zipfile.ZipInfo("features.npy", date_time=(1980, 1, 1, 0, 0, 0))
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive, archive.open(member, "w") as file:
         np.lib.format.write_array(file, features, allow_pickle=False)
+    return path.stat().st_size
 
 
 def _describe(spec: SyntheticSpec) -> dict[str, object]:

@@ -15,6 +15,7 @@ import xxhash
 from trainer.data.annotations import FILE_NAMES
 from trainer.data.corpus import Clip, feature_dim, read_split
 from trainer.data.shards.format import index_name
+from trainer.data.video.sources import is_video_corpus
 from trainer.errors import InputError, name_some
 
 Log = Callable[[str], None]
@@ -50,6 +51,8 @@ def choose_splits(source: Path, annotations: str, asked: Sequence[str], log: Log
     """
     if not source.is_dir():
         raise InputError(f"{source}: expected the corpus folder with train/ and dev/, found none; mend SOURCE")
+    if is_video_corpus(source, annotations, "train"):
+        raise InputError(f"{source}: holds video, and only features can be packed; train from the frames as they are")
     if asked:
         if twice := sorted({split for split in asked if asked.count(split) > 1}):
             raise InputError(f"--splits: expected each split once, found {', '.join(twice)} twice; remove one")

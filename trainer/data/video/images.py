@@ -56,6 +56,7 @@ def read_image_frames(
 ) -> None:
     """Decode the frames of a view into `out` `[n, crop, crop, 3]`; each file is decoded once."""
     first: dict[int, int] = {}
+    size: Size | None = None
     for place, frame in enumerate(view.frames.tolist()):
         if (known := first.setdefault(frame, place)) != place:
             out[place] = out[known]
@@ -63,6 +64,9 @@ def read_image_frames(
         path = folder / names[frame]
         try:
             with _open(path) as image:
+                size = size or image.size
+                if image.size != size:
+                    raise InputError(_describe_size(path, image.size, size))
                 place_frame(image, view, out[place], frame_size=frame_size, crop_size=crop_size)
         except _UNREADABLE as error:
             raise InputError(_describe(path, error)) from None
@@ -90,7 +94,7 @@ def place_frame(image: Image.Image, view: View, out: Pixels, *, frame_size: int,
 def check_images(folder: Path, names: Sequence[str]) -> list[str]:
     """Check that every frame is whole, RGB, and of the size of the first; decodes nothing. Returns the problems."""
     problems: list[str] = []
-    expected: tuple[str, Size] | None = None
+    expected: Size | None = None
     for name in names:
         path = folder / name
         try:
@@ -101,12 +105,9 @@ def check_images(folder: Path, names: Sequence[str]) -> list[str]:
         except InputError as error:
             problems += error.problems
             continue
-        expected = expected or (name, size)
-        if size != expected[1]:
-            problems.append(
-                f"{path}: expected {_size(expected[1])} pixels as in {expected[0]}, found {_size(size)}; all frames of "
-                "a clip have one size: extract the clip anew"
-            )
+        expected = expected or size
+        if size != expected:
+            problems.append(_describe_size(path, size, expected))
             break
     # Frames of one clip fail alike: a few of them say it.
     return problems if len(problems) <= 3 else [*problems[:2], f"{folder}: and {len(problems) - 2} more bad frames"]
@@ -154,5 +155,6 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name) if part]
 
 
-def _size(size: Size) -> str:
-    return f"{size[0]}x{size[1]}"
+def _describe_size(path: Path, found: Size, expected: Size) -> str:
+    sizes = [f"{width}x{height}" for width, height in (expected, found)]
+    return f"{path}: expected {sizes[0]} pixels as in the clip's first frame, found {sizes[1]}; extract the clip anew"
