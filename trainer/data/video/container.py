@@ -90,7 +90,7 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
             stream = container.streams.video[0]
             components = {} if stream.format is None else {part.is_alpha for part in stream.format.components}
             if stream.format is None or not stream.format.components:
-                raise InputError(f"{path}: the video's colours are not known; {_MEND}")
+                raise InputError(f"{path}: not a whole video (what its pixels are is not known); {_MEND}")
             if len(stream.format.components) < 3 or True in components:
                 raise InputError(
                     f"{path}: expected colours without transparency, found pixels of the kind {stream.format.name}; "
