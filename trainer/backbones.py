@@ -30,10 +30,11 @@ def load_published(model: Recognizer, recipe: Recipe, engine: Engine) -> str:
     For a model that starts fresh: weights of a run come by its checkpoint. All ranks must ask. Raises `InputError` if
     the weights cannot be had or belong to another architecture.
     """
+    architecture, path = recipe.model.model, recipe.run.init_from
     if recipe.model.pretrained:
-        weights = engine.on_main(lambda: fetch_imagenet_weights(recipe.model.model))
-        return load_backbone(model, weights, where=f"{recipe.model.model} of torchvision")
-    if recipe.run.init_from:
-        path = Path(recipe.run.init_from)
-        return load_backbone(model, engine.together(lambda: read_weights(path)), where=str(path))
+        weights = engine.on_main(lambda: fetch_imagenet_weights(architecture))
+        return load_backbone(model, weights, architecture=architecture, where="ImageNet weights of torchvision")
+    if path:
+        weights = engine.together(lambda: read_weights(Path(path)))
+        return load_backbone(model, weights, architecture=architecture, where=path)
     return ""

@@ -49,8 +49,8 @@ def _load(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def load_backbone(model: Recognizer, weights: dict[str, Tensor], *, where: str) -> str:
-    """Load a published checkpoint's weights into the model's backbone; return a line on what was left out.
+def load_backbone(model: Recognizer, weights: dict[str, Tensor], *, architecture: str, where: str) -> str:
+    """Load a published checkpoint's weights into the backbone of `architecture`; return a line on what was left out.
 
     Only the classifier may be left out and, where the model normalises without them, the statistics of BatchNorm.
     Raises `InputError` if the model has no backbone, or the checkpoint is of another architecture.
@@ -60,7 +60,7 @@ def load_backbone(model: Recognizer, weights: dict[str, Tensor], *, where: str) 
     }
     if not own:
         raise InputError(
-            f"{where}: is a file of weights, and this model has no published backbone to load them into; give a "
+            f"{where}: is a file of weights, and {architecture} has no published backbone to load them into; give a "
             "checkpoint of this trainer, or choose a video model"
         )
     frozen = any(isinstance(module, FrozenBatchNorm) for module in model.modules())
@@ -82,8 +82,8 @@ def load_backbone(model: Recognizer, weights: dict[str, Tensor], *, where: str) 
     ]
     if faults:
         raise InputError(
-            f"{where}: is a checkpoint of another architecture than {type(model.backbone).__name__}: "
-            f"{'; '.join(faults)}; choose the model it belongs to, at width 1.0"
+            f"{where}: is a checkpoint of another architecture than {architecture}: {'; '.join(faults)}; choose the model "
+            "it belongs to, at width 1.0"
         )
     with torch.no_grad():
         for name, value in taken.items():
