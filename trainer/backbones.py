@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from trainer.engine import Engine
+from trainer.models.norms import Norm
 from trainer.models.pretrained import load_backbone, read_weights
 from trainer.models.recognizer import Recognizer
 from trainer.models.vision import fetch_imagenet_weights
@@ -19,7 +20,7 @@ def settle_norm(recipe: Recipe, start: Recipe | None) -> Recipe:
     """
     if recipe.model.model not in VIDEO_MODELS or recipe.model.norm is not None:
         return recipe
-    fresh = "frozen" if recipe.model.pretrained or recipe.run.init_from else "group"
+    fresh: Norm = "frozen" if recipe.model.pretrained or recipe.run.init_from else "group"
     norm = start.model.norm if start is not None else fresh
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, norm=norm))
 

@@ -82,8 +82,8 @@ def load_backbone(model: Recognizer, weights: dict[str, Tensor], *, architecture
     ]
     if faults:
         raise InputError(
-            f"{where}: is a checkpoint of another architecture than {architecture}: {'; '.join(faults)}; choose the model "
-            "it belongs to, at width 1.0"
+            f"{where}: is a checkpoint of another architecture than {architecture}: {'; '.join(faults)}; choose the "
+            "model it belongs to, at width 1.0"
         )
     with torch.no_grad():
         for name, value in taken.items():
