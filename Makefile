@@ -1,4 +1,4 @@
-# Everything a newcomer needs: `make demo` trains, resumes and evaluates; `make test` runs the tests.
+# Everything a newcomer needs: `make demo` trains, resumes, distils and evaluates; `make test` runs the tests.
 PYTHON ?= python3.11
 BIN := .venv/bin
 LAUNCH := OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file accelerate_configs/multi_cpu.yaml
@@ -12,7 +12,8 @@ setup: .venv/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# Two real ranks on the CPU. The first attempt stops halfway on purpose; the second one goes on where it was.
+# Two real ranks on the CPU. The teacher's first attempt stops halfway on purpose; the second one goes on where it was.
+# Then a student learns from its soft targets, and both stand side by side.
 demo: setup
 	rm -rf demo
 	$(BIN)/signscale synth --layout features --out demo/corpus --clips 256 --seed 7
@@ -20,6 +21,11 @@ demo: setup
 	$(LAUNCH) -m trainer.train --config configs/demo.yaml --resume auto
 	$(LAUNCH) -m trainer.evaluate --checkpoint demo/run --split dev --max_wer 10
 	$(LAUNCH) -m trainer.evaluate --checkpoint demo/run --split test
+	$(LAUNCH) -m trainer.extract --checkpoint demo/run --split train
+	$(LAUNCH) -m trainer.train --config configs/distill_demo.yaml
+	$(LAUNCH) -m trainer.evaluate --checkpoint demo/student --split dev
+	$(LAUNCH) -m trainer.evaluate --checkpoint demo/student --split test
+	$(BIN)/signscale compare demo/run demo/student
 
 test: setup
 	$(BIN)/python -m pytest

@@ -10,7 +10,10 @@ from trainer.errors import EXIT_INPUT_ERROR, InputError, exit_on_input_error
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("trainer.train", "train a model by a recipe, on this process alone"),
+    "extract": ("trainer.extract", "extract a teacher's soft targets, which students learn from"),
     "evaluate": ("trainer.evaluate", "evaluate a run or a checkpoint on a split"),
+    "export": ("launch.export", "export a trained model as one file that needs no run"),
+    "predict": ("launch.predict", "print what is signed in clips, and when"),
     "pack": ("launch.pack", "pack a feature corpus into shards that train faster"),
     "synth": ("launch.synth", "write a synthetic corpus"),
     "plan": ("launch.plan", "show what steps a recipe makes of a corpus on any number of ranks"),

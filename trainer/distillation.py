@@ -43,6 +43,9 @@ class Undistilled:
     active = False
     """Whether there is a teacher."""
 
+    def __init__(self, target_ratio: float | None = None) -> None:
+        self._ratio = target_ratio
+
     def scale(self, share: StepShare) -> float:
         """Return nothing that is used."""
         return 0.0
@@ -63,8 +66,8 @@ class Undistilled:
         """Write nothing."""
 
     def verdict(self, student_wer: float | None) -> str:
-        """Say nothing."""
-        return ""
+        """Say that there is nobody to compare with, where the recipe asks for it."""
+        return "" if self._ratio is None else f"; target_ratio {self._ratio:g} is not judged, since no teacher is named"
 
 
 class Distillation:

@@ -226,7 +226,7 @@ def make_distillation(
 ) -> Distillation | Undistilled:
     """Check the teacher against the corpus, and make its part in the loss."""
     if source is None:
-        return Undistilled()
+        return Undistilled(recipe.distillation.target_ratio)
     source.check(corpus, recipe, engine, progress)
     return Distillation(
         source, recipe.distillation, total_stride=recipe.model.total_stride, run_dir=Path(recipe.run.output_dir)
@@ -290,7 +290,8 @@ def _check_input(theirs: Recipe, ours: Recipe, where: str) -> None:
     if kinds[0] == "video" and sizes[0] != sizes[1]:
         raise InputError(
             f"{where}: the teacher was trained on {sizes[0][1]} of {sizes[0][0]} pixels, the student sees "
-            f"{sizes[1][1]} of {sizes[1][0]}; use --frame_size {sizes[0][0]} --crop_size {sizes[0][1]}, or the teacher's soft targets"
+            f"{sizes[1][1]} of {sizes[1][0]}; use --frame_size {sizes[0][0]} "
+            f"--crop_size {sizes[0][1]}, or the teacher's soft targets"
         )
 
 

@@ -377,8 +377,6 @@ def _distillation_problems(recipe: Recipe) -> list[str]:
             "teacher and soft_targets: a student learns from one of them; drop --soft_targets (online), or --teacher "
             "(cached)"
         )
-    if distillation.target_ratio is not None and not (distillation.teacher or distillation.soft_targets):
-        problems.append("target_ratio: is measured against a teacher; name one with --teacher or --soft_targets")
     if distillation.soft_targets:
         changes = [
             f"{name} {value}"
