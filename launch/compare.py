@@ -175,8 +175,9 @@ def _format(report: dict[str, Any]) -> str:
     lines += [
         "",
         f"Target: {ratio:g} times the WER of the first run or less, that is {targets}. GFLOP/s: per second of video.",
-        "Real-time factor: seconds of computing per second of video, on one thread of this machine's CPU.",
     ]
+    if any(row["real_time_factor"] is not None for row in report["runs"]):
+        lines.append("Real-time factor: seconds of computing per second of video, on one thread of this machine's CPU.")
     return "\n".join([*lines, *(f"note: {note}" for note in report["notes"])])
 
 

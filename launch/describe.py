@@ -187,7 +187,7 @@ def _source_problems(options: argparse.Namespace, rest: Sequence[str], recipe: R
     if options.checkpoint:
         return [f"{' and '.join(given)}: a checkpoint says these itself; drop them, or --checkpoint"] if given else []
     if recipe.corpus.data_dir:
-        return [f"{name}: the corpus says it itself; give it without --data_dir" for name in sizes]
+        return [f"--{name}: the corpus says it itself; give it without --data_dir" for name in sizes]
     needed = {"vocabulary"} if recipe.model.model in VIDEO_MODELS else {"feature_dim", "vocabulary"}
     missing = sorted(needed - set(sizes))
     if not missing:
