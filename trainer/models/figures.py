@@ -37,30 +37,48 @@ class Figures:
         return statistics.median(self.passes) if self.passes else None
 
 
-def measure(models: Sequence[Recognizer], *, seconds: float, fps: float, timed: bool = True) -> list[Figures]:
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model to measure."""
+
+    model: Recognizer
+    """The model; it is left in evaluation mode."""
+    frame_size: int
+    """Pixels a side of the frames, for a model that takes any."""
+
+    @property
+    def frame_shape(self) -> tuple[int, ...]:
+        """Return the shape of one input frame."""
+        return tuple(self.frame_size if size < 0 else size for size in self.model.frame_shape)
+
+
+def measure(subjects: Sequence[Subject], *, seconds: float, fps: float, timed: bool = True) -> list[Figures]:
     """Count and time models on one clip of `seconds` at `fps`, logits included, decoding not.
 
-    Models that are compared are timed in turns, so that what else the machine does meets all of them alike. They are
-    left in evaluation mode.
+    Models that are compared are timed in turns, so that what else the machine does meets all of them alike.
     """
-    works = [_work(model.eval(), max(1, round(seconds * fps))) for model in models]
+    num_frames = max(1, round(seconds * fps))
+    # What was really passed, where `seconds` is no whole number of frames.
+    seconds = num_frames / fps
+    works = [_work(subject, num_frames) for subject in subjects]
     with _one_thread(), torch.no_grad():
         flops = [_count(work) for work in works]
         passes = [_scale(times, seconds) for times in _time(works)] if timed else [()] * len(works)
     return [
         Figures(
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            parameters=sum(parameter.numel() for parameter in subject.model.parameters()),
             flops_per_second=count / seconds,
             passes=times,
         )
-        for model, count, times in zip(models, flops, passes, strict=True)
+        for subject, count, times in zip(subjects, flops, passes, strict=True)
     ]
 
 
-def _work(model: Recognizer, num_frames: int) -> Callable[[], Tensor]:
+def _work(subject: Subject, num_frames: int) -> Callable[[], Tensor]:
+    model = subject.model.eval()
     layout: TimeLayout = lay_out(np.array([num_frames]), model.total_stride)
     generator = torch.Generator().manual_seed(0)
-    shape = (num_frames, *model.frame_shape)
+    shape = (num_frames, *subject.frame_shape)
     if model.frame_dtype == torch.uint8:
         frames = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     else:

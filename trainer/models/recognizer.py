@@ -16,7 +16,7 @@ class Recognizer(nn.Module, ABC):
     total_stride: int
     """Input frames per output frame."""
     frame_shape: tuple[int, ...]
-    """Shape of one input frame: (D,) for features, (height, width, 3) for video."""
+    """Shape of one input frame: (D,) for features, (-1, -1, 3) for video of any size."""
     frame_dtype: torch.dtype = torch.float32
     """Type of the input: float32 for features, uint8 for video."""
 
