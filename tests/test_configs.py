@@ -24,7 +24,7 @@ def _run(corpus: Path, run: Path, name: str, *flags: str) -> int:
     return launch(1, "trainer.train", [*config, *where, *flags], check=False).returncode
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "finetune"])
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ("finetune", "distill_demo")])
 def test_recipe_runs_for_a_step_at_full_size(corpus: Path, tmp_path: Path, name: str) -> None:
     code = _run(corpus, tmp_path / "run", name, "--max_steps", "1", "--train_wer_clips", "4")
     # One step does not reach 0 % WER, and overfit owns up to it.
