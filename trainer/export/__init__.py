@@ -1,0 +1,1 @@
+"""Trained models as files of their own: vocabulary and normalisation inside, one clip in, log-probabilities out."""

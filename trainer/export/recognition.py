@@ -1,0 +1,124 @@
+"""What every trained model is to its user, whether it lies in a run or in an exported file: one clip in, scores out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from trainer.checkpoint.content import Checkpoint
+from trainer.data.normalization import Normalization
+from trainer.data.vocabulary import Vocabulary
+from trainer.errors import InputError
+from trainer.export.clip_model import Normalize
+from trainer.layout import lay_out
+from trainer.models.build import build_model, load_weights
+from trainer.models.recognizer import Recognizer
+from trainer.objectives.ctc import float32_log_probs
+from trainer.recipe import ModelRecipe
+
+Floats = npt.NDArray[np.float32]
+ClipScores = Callable[[Floats], Floats]
+"""Raw features of one clip `[T, D]` to log-probabilities `[ceil(T / total_stride), V]`."""
+
+_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What an exported file says of itself: all that using it needs beside its weights."""
+
+    glosses: tuple[str, ...]
+    """The gloss of class i + 1; class 0 is the blank."""
+    feature_dim: int
+    """Values of a frame."""
+    total_stride: int
+    """Input frames per output frame."""
+    normalization: str
+    """Kind of the normalisation, which is part of the file."""
+    model: dict[str, Any]
+    """The model part of the recipe."""
+    step: int
+    """Optimizer steps of the checkpoint."""
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Card:
+        """Describe a checkpoint."""
+        return cls(
+            glosses=checkpoint.vocabulary.glosses,
+            feature_dim=checkpoint.normalization.feature_dim,
+            total_stride=checkpoint.recipe.model.total_stride,
+            normalization=checkpoint.normalization.kind,
+            model=dataclasses.asdict(checkpoint.recipe.model),
+            step=checkpoint.state.step,
+        )
+
+    def to_json(self) -> str:
+        """Write the card as JSON."""
+        return json.dumps({"signscale_export": _VERSION, "blank": 0, **vars(self)}, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str | None, where: Path) -> Card:
+        """Read what `to_json` wrote; raises `InputError` for anything else."""
+        try:
+            content: dict[str, Any] = json.loads(text or "")
+            if content.pop("signscale_export") != _VERSION:
+                raise InputError(f"{where}: was exported by another version; export it anew")
+            del content["blank"]
+            return cls(**{**content, "glosses": tuple(content["glosses"])})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{where}: holds no description by `signscale export`; export the run anew") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recognition:
+    """A model ready for use."""
+
+    card: Card
+    """What it is."""
+    vocabulary: Vocabulary
+    """Its glosses."""
+    scores: ClipScores
+    """One clip in, log-probabilities out."""
+
+    @classmethod
+    def of(cls, card: Card, scores: ClipScores) -> Recognition:
+        """Put a model and its description together."""
+        return cls(card=card, vocabulary=Vocabulary(card.glosses), scores=scores)
+
+
+def restore_model(card: Card, weights: dict[str, Tensor], where: str) -> Recognizer:
+    """Build a model over features, in evaluation mode; raises `InputError` for one over video, or other weights."""
+    try:
+        recipe = ModelRecipe(**card.model)
+    except TypeError as error:
+        raise InputError(f"{where}: was written by another version ({error}); use that version") from None
+    model = build_model(recipe, feature_dim=card.feature_dim, num_classes=len(card.glosses) + 1)
+    if len(model.frame_shape) != 1:
+        raise InputError(
+            f"{where}: {recipe.model} is a model over video, which this command does not take yet; "
+            "use `signscale evaluate`, or a model over features"
+        )
+    load_weights(model, weights, where=where)
+    return model.eval()
+
+
+def recognition_of(model: Recognizer, normalization: Normalization, card: Card) -> Recognition:
+    """Use a model of the trainer's own, one clip at a time."""
+    normalize = Normalize(normalization)
+
+    def scores(features: Floats) -> Floats:
+        with torch.no_grad():
+            layout = lay_out(np.array([len(features)]), model.total_stride)
+            logits = model(normalize(torch.from_numpy(features)), layout)
+            return float32_log_probs(logits).numpy()
+
+    return Recognition.of(card, scores)
