@@ -15,6 +15,7 @@ from trainer.models.norms import FrameGroupNorm, FrozenBatchNorm
 from trainer.models.vision import fetch_imagenet_weights, import_models
 from trainer.parsing import dump_recipe, load_recipe, parse_recipe
 from trainer.recipe import ARCHITECTURE_HEADS, VIDEO_MODELS, ModelRecipe, Recipe, RunRecipe
+from trainer.run_directory import check_same_recipe
 
 
 def make_recipe(*, init_from: str = "", **model: object) -> Recipe:
@@ -65,6 +66,14 @@ def test_a_stored_recipe_names_the_norm(tmp_path: Path) -> None:
     # Loaded without the weights it began with, it still builds the same model.
     alone = dataclasses.replace(settled.model, width=0.1)
     assert any(isinstance(m, FrozenBatchNorm) for m in build_model(alone, feature_dim=0, num_classes=3).modules())
+
+
+def test_a_run_goes_on_with_its_norm_unless_another_is_asked_for() -> None:
+    stored = make_recipe(model="i3d", norm="frozen", init_from="rgb.pt")
+    check_same_recipe(stored, make_recipe(model="i3d"), "there")
+    check_same_recipe(stored, make_recipe(model="i3d", norm="frozen"), "there")
+    with pytest.raises(InputError, match="there: norm is 'frozen' there and 'group' now"):
+        check_same_recipe(stored, make_recipe(model="i3d", norm="group"), "there")
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,9 @@ def claim(recipe: Recipe) -> bool:
 def check_same_recipe(stored: Recipe, asked: Recipe, where: str) -> None:
     """Raise `InputError` if going on would change what defines the run."""
     before, now = stored.flat(), asked.flat()
+    if now["norm"] is None:
+        # Left open, it is what the run has settled on.
+        now["norm"] = before["norm"]
     changed = [
         f"{where}: {name} is {before[name]!r} there and {now[name]!r} now; go on with the old value, or start a new "
         "--output_dir (--init_from keeps the weights)"
