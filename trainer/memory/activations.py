@@ -15,7 +15,7 @@ from trainer.memory.counting import AllocationCounter, SavedBytes
 from trainer.memory.model import MemoryModel, fit
 from trainer.memory.static import ModelSize
 from trainer.models.build import build_model
-from trainer.recipe import Recipe
+from trainer.recipe import VIDEO_MODELS, Recipe
 
 _CELLS = ((8,), (48,), (24, 24), (32, 4, 4, 4))
 """Clips of the counted cells in output frames: enough to tell slots, padding and what is fixed apart."""
@@ -56,7 +56,8 @@ def count_activations(recipe: Recipe, *, feature_dim: int, num_classes: int, che
         checkpoint_activations(wrapped.blocks())
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    stride = recipe.model.total_stride
+    stride, crop = recipe.model.total_stride, recipe.corpus.frame_crop
+    frame_shape = (crop, crop, 3) if recipe.model.model in VIDEO_MODELS else ()
     loads, peaks, saved = [], [], 0.0
     for clips in _CELLS:
         num_frames = np.array(clips, dtype=np.int64) * stride
@@ -67,6 +68,7 @@ def count_activations(recipe: Recipe, *, feature_dim: int, num_classes: int, che
             num_classes=num_classes,
             device=cpu,
             mixed=recipe.objective.mixup_alpha > 0,
+            frame_shape=frame_shape,
         )
         existing: list[Tensor] = [*cell.tensors(), *model.parameters(), *model.buffers()]
         kept = SavedBytes(*existing)
@@ -77,6 +79,6 @@ def count_activations(recipe: Recipe, *, feature_dim: int, num_classes: int, che
             del loss
         loads.append(load_of(num_frames, stride))
         # The features are there as long as the pass.
-        peaks.append(counter.peak + cell.features.numel() * 4.0)
+        peaks.append(counter.peak + float(cell.features.nbytes))
         saved = max(saved, kept.total / loads[-1].slots)
     return Counted(size=measure_size(model), passes=fit(loads, peaks), saved_per_slot=saved)

@@ -33,10 +33,12 @@ def random_cell(
     device: torch.device,
     num_glosses: Indices | None = None,
     mixed: bool = False,
+    frame_shape: tuple[int, ...] = (),
 ) -> MicroBatch:
     """Make a cell of clips of `num_frames` `[n]`; `mixed`: each with another's glosses too, as mixup has it.
 
-    `num_glosses` `[n]`: by default one for every three output frames.
+    `num_glosses` `[n]`: by default one for every three output frames. `frame_shape`: that of video's frames, uint8;
+    empty for features.
     """
     draws = np.random.default_rng(len(num_frames))
     outputs = -(-num_frames // total_stride)
@@ -56,7 +58,11 @@ def random_cell(
         partner_labels=labels if mixed else None,
         clips=tuple(range(len(num_frames))),
     ).to(device)
-    features = torch.empty(int(num_frames.sum()), feature_dim, device=device).normal_()
+    rows = int(num_frames.sum())
+    if frame_shape:
+        features = torch.empty(rows, *frame_shape, dtype=torch.uint8, device=device).random_()
+    else:
+        features = torch.empty(rows, feature_dim, device=device).normal_()
     return MicroBatch(**{**vars(batch), "features": features})
 
 

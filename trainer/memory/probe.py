@@ -256,6 +256,7 @@ class _Probe:
                     num_classes=len(loader.vocabulary),
                     device=self._engine.device,
                     mixed=loader.objective.mixup_alpha > 0,
+                    frame_shape=loader.split.storage.frame_shape,
                 )
                 run_pass(self._engine, cell, loader.objective, distillation=self._distillation)
         except Exception as error:
@@ -286,10 +287,12 @@ def pending_states(engine: Engine, states: int) -> int:
 def _read_ahead(loader: TrainingLoader) -> float:
     """Return the bytes per slot of the cells that the loader holds beside the one in use (`CellLoader`)."""
     dim, stored = loader.split.feature_dim, loader.split.storage.dtype.itemsize
+    # Frames are computed on as they are stored.
+    computed = stored if loader.split.is_video else 4
     if loader.cell_loader.device.type == "cuda":
         # One cell ahead, as stored and as it is computed on.
-        return dim * (4.0 + 2 * stored)
-    return dim * 4.0 * max(2, 2 * loader.cell_loader.num_workers + 1)
+        return dim * float(computed + 2 * stored)
+    return dim * float(computed) * max(2, 2 * loader.cell_loader.num_workers + 1)
 
 
 def _key(engine: Engine, loader: TrainingLoader, recipe: Recipe, goal: int, floor: int) -> str:
