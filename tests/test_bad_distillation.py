@@ -77,6 +77,11 @@ def refusal(folder: Path, run: Path, *flags: str, corpus: Path | None = None) ->
             ["--soft_targets", "b", "--mixup_alpha", "0.2"],
             r"mixup_alpha 0.2 changes them; .* \(--teacher RUN instead\)",
         ),
+        (["--distill_labels", "teacher"], "distill_labels: teacher decodes nothing where none is named"),
+        (
+            ["--teacher", "a", "--distill_labels", "teacher", "--mixup_alpha", "0.2"],
+            "distill_labels: teacher decodes a clip as one; set mixup_alpha to 0",
+        ),
         (["--teacher", "nowhere"], "nowhere: expected a run directory or a checkpoint, found none"),
         (["--soft_targets", "nowhere"], "nowhere: expected soft targets, found no manifest.json; make them with"),
     ],

@@ -7,17 +7,19 @@ that count less than others stay in F, so that it needs no communication and no 
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from trainer.data.batch import MicroBatch
+from trainer.data.batch import Labels, MicroBatch
 from trainer.data.loader import StepShare
 from trainer.files import write_json
 from trainer.objectives.distillation import align_frames, divergence_sum, soften
 from trainer.recipe import DistillationRecipe
+from trainer.scoring.decoding import best_path
 
 RECORD = "distillation.json"
 
@@ -54,6 +56,10 @@ class Undistilled:
         """Return no targets."""
         return None
 
+    def labels(self, cell: MicroBatch, targets: Tensor | None) -> Labels:
+        """Return the annotated glosses."""
+        return cell.labels
+
     def blend(self, ctc_sum: Tensor, logits: Tensor, targets: Tensor | None, scale: float) -> Tensor:
         """Return CTC alone."""
         return ctc_sum
@@ -79,6 +85,7 @@ class Distillation:
         """Take the teacher of a student of `total_stride`."""
         self.source, self.alpha = source, float(recipe.distill_alpha)
         self._temperature, self._blank_weight = float(recipe.distill_temperature), float(recipe.distill_blank_weight)
+        self._decodes = recipe.distill_labels == "teacher"
         self._stride, self._ratio, self._run_dir = total_stride, recipe.target_ratio, run_dir
 
     def scale(self, share: StepShare) -> float:
@@ -96,6 +103,24 @@ class Distillation:
         softened = soften(self.source.log_probs(cell, made_up=made_up), self._temperature)
         return align_frames(
             softened, cell.layout.input_lengths, stride=self.source.total_stride, to_stride=self._stride
+        )
+
+    def labels(self, cell: MicroBatch, targets: Tensor | None) -> Labels:
+        """Return the glosses that CTC learns; each clip keeps the weight that its annotation gives it.
+
+        What the teacher decodes on the student's frames fits into them always. A clip in which it finds no gloss keeps
+        its annotation.
+        """
+        if targets is None or not self._decodes:
+            return cell.labels
+        paths = targets.argmax(dim=-1).cpu().split(list(cell.layout.output_lengths))
+        annotated = cell.labels.classes.cpu().split(cell.labels.lengths.tolist())
+        decoded = [torch.tensor([one.label for one in best_path(path.numpy())], dtype=torch.int64) for path in paths]
+        chosen = [found if len(found) else given for found, given in zip(decoded, annotated, strict=True)]
+        return dataclasses.replace(
+            cell.labels,
+            classes=torch.cat(chosen).to(cell.labels.classes.device),
+            lengths=torch.tensor([len(part) for part in chosen], dtype=torch.int64),
         )
 
     def blend(self, ctc_sum: Tensor, logits: Tensor, targets: Tensor | None, scale: float) -> Tensor:

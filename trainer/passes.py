@@ -163,7 +163,11 @@ class Passes:
             targets = self.distillation.targets(cell)
             logits = self.engine.forward(cell.features, cell.layout)
             ctc_sum = ctc_objective(
-                logits, cell.layout.output_lengths, cell.labels, cell.partner_labels, self.label_smoothing
+                logits,
+                cell.layout.output_lengths,
+                self.distillation.labels(cell, targets),
+                cell.partner_labels,
+                self.label_smoothing,
             )
             loss_sum = self.distillation.blend(ctc_sum, logits, targets, self._scale)
             stage = _BACKWARD

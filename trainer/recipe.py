@@ -161,6 +161,8 @@ class DistillationRecipe:
     """Temperature of both distributions."""
     distill_blank_weight: ClosedUnitInterval = 1.0
     """Weight of the frames on which the teacher's likeliest class is the blank (1: kept, 0: excluded)."""
+    distill_labels: Literal["annotations", "teacher"] = "annotations"
+    """Glosses that CTC learns: those annotated, or as the teacher decodes the clip (sequence-level distillation)."""
     teacher_precision: Literal["no", "fp16", "bf16"] = "no"
     """Precision of the teacher's forward pass, whatever the student's is."""
     target_ratio: PositiveFloat | None = None
@@ -377,6 +379,13 @@ def _distillation_problems(recipe: Recipe) -> list[str]:
             "teacher and soft_targets: a student learns from one of them; drop --soft_targets (online), or --teacher "
             "(cached)"
         )
+    if distillation.distill_labels == "teacher":
+        if not (distillation.teacher or distillation.soft_targets):
+            problems.append(
+                "distill_labels: teacher decodes nothing where none is named; add --teacher or --soft_targets"
+            )
+        if recipe.objective.mixup_alpha:
+            problems.append("distill_labels: teacher decodes a clip as one; set mixup_alpha to 0, or keep annotations")
     if distillation.soft_targets:
         changes = [
             f"{name} {value}"

@@ -55,9 +55,9 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("stride", ["4", "1"])
+@pytest.mark.parametrize(("stride", "labels"), [("4", "teacher"), ("1", "annotations")])
 def test_a_teacher_and_its_soft_targets_give_the_same_loss_on_one_rank_and_on_two(
-    corpus: Path, tmp_path: Path, teacher: Path, cache: Path, stride: str
+    corpus: Path, tmp_path: Path, teacher: Path, cache: Path, stride: str, labels: str
 ) -> None:
     runs = []
     for world_size, source, budget in (
@@ -67,9 +67,8 @@ def test_a_teacher_and_its_soft_targets_give_the_same_loss_on_one_rank_and_on_tw
         (2, ["--soft_targets", str(cache)], "100000"),
     ):
         run = tmp_path / f"{len(runs)}"
-        train(
-            world_size, corpus, run, *STUDENT, *source, "--max_frames_per_microbatch", budget, "--total_stride", stride
-        )
+        shape = ["--total_stride", stride, "--distill_labels", labels]
+        train(world_size, corpus, run, *STUDENT, *source, *shape, "--max_frames_per_microbatch", budget)
         runs.append(run)
     for name in ("train/loss", "train/ctc_loss", "train/distillation_loss"):
         expected = column(runs[0], name)
