@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     from trainer.export.formats import open_recognition
 
     recognition = open_recognition(options.checkpoint)
-    _check_files(options.files, recognition.card.feature_dim)
+    _check_files(options.files, recognition)
     decoder = open_decoder(options, recognition.card.glosses, lambda text: print(text, file=sys.stderr))
     predictions = []
     for path in options.files:
@@ -97,7 +97,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _check_files(paths: Sequence[Path], feature_dim: int) -> None:
+def _check_files(paths: Sequence[Path], recognition: Recognition) -> None:
     """Look at all files before the first is recognised; all that is wrong travels in one error."""
     from trainer.data.features import peek_shape
 
@@ -107,12 +107,17 @@ def _check_files(paths: Sequence[Path], feature_dim: int) -> None:
             problems.append(f"{path}: expected features in an .npz file; extract them from the video first")
             continue
         try:
-            _, dim = peek_shape(path)
+            num_frames, dim = peek_shape(path)
         except InputError as error:
             problems += error.problems
             continue
-        if dim != feature_dim:
-            problems.append(f"{path}: expected D = {feature_dim} as in training, found {dim}; extract it anew")
+        if dim != (expected := recognition.card.feature_dim):
+            problems.append(f"{path}: expected D = {expected} as in training, found {dim}; extract it anew")
+        if num_frames < recognition.min_frames:
+            problems.append(
+                f"{path}: has {num_frames} frames, this export takes {recognition.min_frames} or more; use the run, or "
+                "an export to another format"
+            )
     if problems:
         raise InputError(problems)
 

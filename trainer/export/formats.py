@@ -147,7 +147,9 @@ def _open_torch_export(path: Path) -> Recognition:
         with torch.no_grad():
             return cast(Floats, module(torch.from_numpy(features)).numpy())
 
-    return Recognition.of(card, scores)
+    # torch.export takes a single output frame for a case of its own and bounds the length above it.
+    lower = [int(bounds.lower) for bounds in program.range_constraints.values()]
+    return Recognition.of(card, scores, min_frames=max(lower, default=1))
 
 
 def _refuse_pickle(path: Path) -> None:

@@ -88,11 +88,13 @@ class Recognition:
     """Its glosses."""
     scores: ClipScores
     """One clip in, log-probabilities out."""
+    min_frames: int = 1
+    """Shortest clip it takes."""
 
     @classmethod
-    def of(cls, card: Card, scores: ClipScores) -> Recognition:
+    def of(cls, card: Card, scores: ClipScores, min_frames: int = 1) -> Recognition:
         """Put a model and its description together."""
-        return cls(card=card, vocabulary=Vocabulary(card.glosses), scores=scores)
+        return cls(card=card, vocabulary=Vocabulary(card.glosses), scores=scores, min_frames=min_frames)
 
 
 def restore_model(card: Card, weights: dict[str, Tensor], where: str) -> Recognizer:

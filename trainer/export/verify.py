@@ -11,7 +11,7 @@ import torch
 from trainer.checkpoint.content import Checkpoint
 from trainer.data.loader import EvaluationLoader
 from trainer.data.table import Split
-from trainer.errors import TrainingFailedError
+from trainer.errors import InputError, TrainingFailedError
 from trainer.export.recognition import Recognition
 from trainer.layout import slot_frames
 from trainer.models.recognizer import Recognizer
@@ -63,6 +63,11 @@ def verify(recognition: Recognition, model: Recognizer, checkpoint: Checkpoint, 
             log_probs = float32_log_probs(model(cell.features, cell.layout)).numpy()
             parts = np.split(log_probs, np.cumsum(cell.layout.output_lengths)[:-1])
             for index, expected in zip(cell.clips, parts, strict=True):
+                if clips.num_frames[index] < recognition.min_frames:
+                    raise InputError(
+                        f"clip {clips.id(index)}: has {clips.num_frames[index]} frames, this format takes "
+                        f"{recognition.min_frames} or more; choose another --format, or another --split"
+                    )
                 found = recognition.scores(_read(clips, index))
                 if found.shape != expected.shape:
                     raise TrainingFailedError(
