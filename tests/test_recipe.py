@@ -242,6 +242,9 @@ def test_a_value_without_a_flag_is_refused() -> None:
         ("streams", "{pose: [99, 0]}"),
         ("streams", "{pose: [-3, 5]}"),
         ("annotations", "ann/{part}.csv"),
+        ("frame_size", "0"),
+        ("crop_size", "-1"),
+        ("augment_color", "1.5"),
     ],
 )
 def test_a_value_that_no_run_could_use_is_refused_by_its_key(tmp_path: Path, key: str, value: str) -> None:
@@ -274,6 +277,8 @@ def test_a_seed_beyond_what_the_generators_take_is_refused() -> None:
         (["--epochs", "3", "--warmup_epochs", "3"], "warmup_epochs"),
         (["--resume", "runs/a", "--init_from", "runs/b"], "resume and init_from"),
         (["--data_dir="], "data_dir"),
+        (["--crop_size", "300"], "crop_size"),
+        (["--model", "i3d", "--mixup_alpha", "0.4"], "mixup_alpha"),
     ],
 )
 def test_an_impossible_combination_is_refused_by_its_key(flags: list[str], key: str) -> None:

@@ -83,7 +83,7 @@ def build_run(recipe: Recipe, engine: Engine, progress: Progress, stop: StopRequ
         state.best = state.best_step = None
     progress.say(
         f"{recipe.model.model}: {parameters / 1e6:.1f} M parameters; {len(corpus.train)} training and "
-        f"{len(corpus.dev)} dev clips, {len(corpus.vocabulary) - 1} glosses, D = {corpus.normalization.feature_dim}; "
+        f"{len(corpus.dev)} dev clips, {len(corpus.vocabulary) - 1} glosses, {corpus.train.input_name}; "
         f"global batch {recipe.global_batch_size(engine.world_size)} clips on {engine.world_size} rank(s)"
     )
     trackers = (

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from launch.synth import main
 from trainer.data.synthetic import (
@@ -240,3 +241,54 @@ def test_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert caught.value.code == 0
     assert "--feature_dim" in capsys.readouterr().out
+
+
+VIDEOS = SyntheticSpec(clips=6, seed=3, vocabulary_size=3, frame_size=32)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("videos") / "phoenix"
+    write_corpus(VIDEOS, out, quiet)
+    return out
+
+
+def test_videos_lie_as_phoenix_lays_them(videos: Path) -> None:
+    for split in SPLITS:
+        with (videos / "annotations" / "manual" / f"{split}.corpus.csv").open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file, delimiter="|", quoting=csv.QUOTE_NONE))
+        assert len(rows) == VIDEOS.clips_of(split)
+        for index, row in enumerate(rows):
+            assert row["folder"] == f"{row['id']}/1/*.png"
+            frames = sorted((videos / "features" / "fullFrame-32x32px" / split).glob(row["folder"]))
+            clip = invent_clip(VIDEOS, split, index)
+            assert row["annotation"].split() == clip.glosses
+            assert len(frames) == len(clip.features)
+            with Image.open(frames[3]) as image:
+                assert np.array_equal(np.asarray(image), clip.features[3])
+
+
+def test_the_same_videos_again(videos: Path, tmp_path: Path) -> None:
+    write_corpus(VIDEOS, tmp_path / "again", quiet)
+    assert digests(tmp_path / "again") == digests(videos)
+
+
+def test_videos_show_the_movement_of_the_features() -> None:
+    features = SyntheticSpec(clips=6, seed=3, vocabulary_size=3)
+    for index in range(3):
+        seen, measured = invent_clip(VIDEOS, "train", index), invent_clip(features, "train", index)
+        assert (seen.id, seen.signer, seen.glosses) == (measured.id, measured.signer, measured.glosses)
+        assert len(seen.features) == len(measured.features)
+        # Between two frames something moves, far beyond the noise of the sensor.
+        assert np.median(np.abs(np.diff(seen.features.astype(int), axis=0)).max(axis=(1, 2, 3))) > 40
+
+
+def test_frame_size_and_feature_dim_belong_to_their_layouts(tmp_path: Path) -> None:
+    base = ["--out", str(tmp_path / "out"), "--clips", "6", "--vocabulary", "3"]
+    with pytest.raises(InputError, match="--feature_dim: is for --layout features"):
+        main([*base, "--layout", "phoenix2014", "--feature_dim", "64"])
+    with pytest.raises(InputError, match="--frame_size: is for --layout phoenix2014"):
+        main([*base, "--frame_size", "64"])
+    with pytest.raises(InputError, match="--frame_size 16: use 32 or more"):
+        main([*base, "--layout", "phoenix2014", "--frame_size", "16"])
+    assert not (tmp_path / "out").exists()

@@ -15,7 +15,8 @@ from trainer.data.loader import EvaluationLoader, TrainingLoader, make_plan
 from trainer.data.normalization import of_frames
 from trainer.data.table import Split
 from trainer.data.video.cells import VideoCellLoader
-from trainer.data.video.view import Color, apply_color, central_view, draw_view
+from trainer.data.video.color import apply_color
+from trainer.data.video.view import Color, central_view, draw_view
 from trainer.data.vocabulary import Vocabulary
 from trainer.errors import InputError
 from trainer.recipe import ObjectiveRecipe

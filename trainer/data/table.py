@@ -120,6 +120,12 @@ class Split:
         """Count the clips."""
         return len(self.num_frames)
 
+    @property
+    def input_name(self) -> str:
+        """Say what a frame is."""
+        height = self.storage.crop_size
+        return f"{height}x{height} pixels a frame" if self.is_video else f"D = {self.feature_dim}"
+
     def row(self, index: int) -> int:
         """Return a clip's row in the table."""
         return index if self.rows is None else int(self.rows[index])

@@ -12,8 +12,8 @@ from trainer.data.batch import MicroBatch
 from trainer.data.cells import Cell, CellPlan, CellStream
 from trainer.data.table import Split
 from trainer.data.transform import ClipContent
+from trainer.data.video.color import apply_color
 from trainer.data.video.table import video_table
-from trainer.data.video.view import apply_color
 from trainer.errors import InputError
 
 
