@@ -91,6 +91,15 @@ def test_jpeg_frames_of_another_size_are_brought_to_the_recipe(tmp_path: Path) -
     assert np.abs(seen[3].astype(int) - whole[4:28, 4:28]).max() <= 2
 
 
+def test_videos_are_resized_as_frames_are(tmp_path: Path) -> None:
+    annotate(tmp_path, ["a|a|Signer01|X", "b|b.mkv|Signer01|X"])
+    frames = make_frames(FRAMES, size=(64, 48))
+    write_frames(tmp_path / "train" / "a", frames)
+    write_video(tmp_path / "train" / "b.mkv", frames, codec="ffv1", pixels="bgr0")
+    split = open_split(tmp_path)
+    assert np.abs(read(split, 0).astype(int) - read(split, 1)).max() <= 4
+
+
 def test_clips_cut_short_are_read_to_there(tmp_path: Path) -> None:
     annotate(tmp_path, ["a|a|Signer01|X", "b|b.mp4|Signer01|X"])
     write_frames(tmp_path / "train" / "a", make_frames(FRAMES))

@@ -78,7 +78,7 @@ def place_frame(image: Image.Image, view: View, out: Pixels, *, frame_size: int,
     The sides change independently, as PHOENIX's own 256x256 frames came from 210x260 ones. Only the crop is computed.
     """
     if image.size == (frame_size, frame_size):
-        pixels = np.asarray(image)[view.top : view.top + crop_size, view.left : view.left + crop_size]
+        place_crop(np.asarray(image), view, out, crop_size=crop_size)
     else:
         across, down = image.width / frame_size, image.height / frame_size
         corner = (view.left * across, view.top * down)
@@ -88,7 +88,13 @@ def place_frame(image: Image.Image, view: View, out: Pixels, *, frame_size: int,
             min(image.height, corner[1] + crop_size * down),
         )
         pixels = np.asarray(image.resize((crop_size, crop_size), Image.Resampling.BILINEAR, box=box))
-    out[:] = pixels[:, ::-1] if view.flip else pixels
+        out[:] = pixels[:, ::-1] if view.flip else pixels
+
+
+def place_crop(pixels: Pixels, view: View, out: Pixels, *, crop_size: int) -> None:
+    """Copy the crop of a frame `[H, W, 3]` into `out` `[crop, crop, 3]`."""
+    crop = pixels[view.top : view.top + crop_size, view.left : view.left + crop_size]
+    out[:] = crop[:, ::-1] if view.flip else crop
 
 
 def check_images(folder: Path, names: Sequence[str]) -> list[str]:
