@@ -22,7 +22,8 @@ CLASSES = 5
 class Told:
     """A teacher whose likeliest class of each frame is told."""
 
-    where, fingerprint, wer, protocol = "told", "told", None, "plain"
+    where, fingerprint, protocol = "told", "told", "plain"
+    wer: float | None = None
 
     def __init__(self, paths: list[list[int]], total_stride: int) -> None:
         self.total_stride = total_stride

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT, column, command, environment, launch, train
+from tests.distributed import backends
 from trainer.softtargets.store import MANIFEST, SoftTargets
 
 STUDENT = [
@@ -59,7 +60,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_a_teacher_and_its_soft_targets_give_the_same_loss_on_one_rank_and_on_two(
     corpus: Path, tmp_path: Path, teacher: Path, cache: Path, stride: str, labels: str
 ) -> None:
-    runs = []
+    runs: list[Path] = []
     for world_size, source, budget in (
         (1, ["--teacher", str(teacher)], "100000"),
         (2, ["--teacher", str(teacher)], "1"),
@@ -91,6 +92,17 @@ def test_a_teacher_sees_the_clip_as_it_was_augmented_and_mixed_on_any_number_of_
         source = ["--teacher", str(teacher), "--max_frames_per_microbatch", budget]
         train(world_size, corpus, run, *STUDENT, *WHOLE, *source)
     np.testing.assert_allclose(column(tmp_path / "2", "train/loss"), column(tmp_path / "1", "train/loss"), rtol=2e-5)
+
+
+@pytest.mark.parametrize("backend", ["zero3", "fsdp2"])
+def test_a_teacher_stays_whole_beside_a_student_in_parts(
+    corpus: Path, tmp_path: Path, teacher: Path, backend: str
+) -> None:
+    flags = [*STUDENT, "--max_steps", "5", "--teacher", str(teacher)]
+    train(1, corpus, tmp_path / "whole", *flags)
+    backends.run(backend, 2, corpus, tmp_path / "parts", *flags)
+    for name in ("train/loss", "train/distillation_loss"):
+        np.testing.assert_allclose(column(tmp_path / "parts", name), column(tmp_path / "whole", name), rtol=2e-5)
 
 
 def test_without_the_teacher_part_the_curve_is_that_of_ctc_alone(corpus: Path, tmp_path: Path, teacher: Path) -> None:
