@@ -34,7 +34,13 @@ def change(recipe: Recipe, **values: Any) -> Recipe:
 
 def another(value: Any, name: str) -> Any:
     """Return another value of a field, of the same kind."""
-    special = {"betas": (0.5, 0.6), "trackers": ["wandb"], "streams": {"face": [0, 9]}, "target_wer": 5.0}
+    special = {
+        "betas": (0.5, 0.6),
+        "model": "student",
+        "trackers": ["wandb"],
+        "streams": {"face": [0, 9]},
+        "target_wer": 5.0,
+    }
     if name in special:
         return special[name]
     if isinstance(value, bool):
