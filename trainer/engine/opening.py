@@ -11,28 +11,51 @@ from trainer.engine.engine import Engine
 from trainer.engine.precision import check_precision
 from trainer.engine.processes import Processes
 from trainer.engine.replicated import ReplicatedEngine
+from trainer.errors import InputError
 from trainer.recipe import Recipe
 
-_BACKEND_VARIABLES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION")
+_HIDDEN = (
+    *("ACCELERATE_USE_", "ACCELERATE_DEEPSPEED_", "ACCELERATE_DYNAMO_", "ACCELERATE_GRADIENT_"),
+    "ACCELERATE_MIXED_PRECISION",
+)
+"""What the variables begin with that this engine reads in accelerate's place."""
 
 
 def open_engine(recipe: Recipe) -> Engine:
     """Join the ranks and open the backend that `accelerate launch` was configured for.
 
-    Raises `InputError` if the launcher's configuration asks for what the engine does not offer, contradicts the recipe,
-    or needs what this machine lacks.
+    Raises `InputError`, on all ranks, if the launcher's configuration asks for what the engine does not offer,
+    contradicts the recipe, or needs what the machine of one of them lacks.
     """
-    launch = read_launch(os.environ, recipe)
     with _hidden_from_accelerate():
         processes = Processes(recipe.run)
-    check_precision(recipe.run.mixed_precision, processes.device)
+    # Machines may differ: what only one of them lacks must not leave its ranks silent and the others waiting.
+    launch = processes.together(lambda: _read(recipe, processes))
     return _open(launch, processes, recipe)
+
+
+def _read(recipe: Recipe, processes: Processes) -> Launch:
+    """Read what the launcher asks for; say everything that stands in its way at once."""
+    launch = Launch()
+    problems: list[str] = []
+    try:
+        launch = read_launch(os.environ, recipe)
+    except InputError as error:
+        problems += error.problems
+    try:
+        check_precision(recipe.run.mixed_precision, processes.device)
+    except InputError as error:
+        problems += error.problems
+    if problems:
+        raise InputError(problems)
+    return launch
 
 
 @contextlib.contextmanager
 def _hidden_from_accelerate() -> Iterator[None]:
     """Keep accelerate from setting the backend up itself: it is asked for the processes alone."""
-    hidden = {name: os.environ.pop(name) for name in _BACKEND_VARIABLES if name in os.environ}
+    names = [name for name in os.environ if name.startswith(_HIDDEN) and name != "ACCELERATE_USE_CPU"]
+    hidden = {name: os.environ.pop(name) for name in names}
     try:
         yield
     finally:
