@@ -161,7 +161,9 @@ def test_each_rung_is_taken_once_and_the_last_error_names_the_clip_and_the_ways_
     extra = {"SHORTAGES": json.dumps(plans)}
     done = run("replicated", 2, corpus, tmp_path / "run", *RECIPE, module=WORKER, extra=extra, check=False)
     rungs = [line.split("now with ")[1].split(" (")[0] for line in done.stdout.splitlines() if "now with" in line]
-    assert rungs == ["activation checkpointing", "ZeRO-2", "ZeRO-3", "CPU offload"]
+    # A clip that does not fit alone needs no smaller budget. Under ZeRO-3, where the other ranks wait in the middle of
+    # the pass, nobody can ask whether it was alone.
+    assert rungs == ["activation checkpointing", "ZeRO-2", "ZeRO-3", "smaller budget", "CPU offload"]
     assert done.returncode == 1
     assert "failed: " in done.stderr
     for way in ("--max_frames", "--skip_clips", "a GPU with more memory"):
