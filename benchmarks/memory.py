@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus"
-        spec = SyntheticSpec(clips=options.clips, vocabulary_size=8, feature_dim=options.feature_dim, seed=1)
+        spec = SyntheticSpec(clips=options.clips, feature_dim=options.feature_dim, seed=1)
         write_corpus(spec, corpus, lambda text: None)
         flags = [
             *("--data_dir", str(corpus), "--width", str(options.width), "--rnn_size", str(options.rnn_size)),
@@ -83,7 +83,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--backends", default=",".join(BACKENDS), metavar="B,B,…", help="of %(default)s")
     add("--ranks", type=int, default=2, help="processes (default %(default)s)")
-    add("--steps", type=int, default=3, help="optimizer steps of each backend (default %(default)s)")
+    add("--steps", type=int, default=2, help="optimizer steps of each backend (default %(default)s)")
     add("--width", type=float, default=2.1, help="of the teacher (default %(default)s)")
     add("--rnn_size", type=int, default=1088, help="of the teacher (default %(default)s)")
     add("--clips", type=int, default=16, help="clips of the corpus, all of them in every step (default %(default)s)")
@@ -184,4 +184,6 @@ def _show(row: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from trainer.errors import exit_on_input_error
+
+    exit_on_input_error(main)
