@@ -56,7 +56,6 @@ def train_step(
     gradient_clip: float,
     label_smoothing: float,
     stop_requested: bool,
-    reserve: Callable[[int], bool] | None = None,
 ) -> StepOutcome:
     """Run one optimizer step of the global batch.
 
@@ -64,7 +63,7 @@ def train_step(
     Raises `BrokenPassError` or `BrokenUpdateError`, on this rank alone, where only a checkpoint is sound any more.
     """
     started = time.perf_counter()
-    passes = Passes(engine, share, reload, label_smoothing, reserve)
+    passes = Passes(engine, share, reload, label_smoothing)
     passes.run(cells)
     total, suspects = passes.losses()
     finite = math.isfinite(total)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, train
+from tests.conftest import ROOT, environment, train
 from tests.distributed.backends import run
 
 STEP = ["--max_steps", "1", "--evaluate_every", "99"]
@@ -70,6 +73,22 @@ def test_a_precision_that_one_rank_cannot_compute_in(corpus: Path, tmp_path: Pat
     said = refusal(corpus, tmp_path / "run", "--mixed_precision", "fp16", module=worker)
     assert "mixed_precision: this cpu cannot compute in fp16" in said
     assert "use --mixed_precision no" in said
+
+
+def test_an_address_space_in_which_libraries_would_break(corpus: Path, tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "trainer.train", "--data_dir", str(corpus), "--output_dir", str(tmp_path / "run")]
+    done = subprocess.run(
+        launch,
+        env=environment() | {"ACCELERATE_USE_CPU": "true"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (900 << 20, 900 << 20)),
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ulimit -v (RLIMIT_AS): this process may use 900 MB of address space")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture(scope="module")

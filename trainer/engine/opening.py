@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 from collections.abc import Iterator
+from pathlib import Path
 
 from trainer.engine.configuration import Launch, read_launch
 from trainer.engine.engine import Engine
@@ -19,6 +21,9 @@ _HIDDEN = (
     "ACCELERATE_MIXED_PRECISION",
 )
 """What the variables begin with that this engine reads in accelerate's place."""
+
+_LEAST_ADDRESS_SPACE = 640 << 20
+"""What threads, their stacks and arenas and the libraries' code take beside any tensor."""
 
 
 def open_engine(recipe: Recipe) -> Engine:
@@ -46,9 +51,22 @@ def _read(recipe: Recipe, processes: Processes) -> Launch:
         check_precision(recipe.run.mixed_precision, processes.device)
     except InputError as error:
         problems += error.problems
+    problems += _check_address_space()
     if problems:
         raise InputError(problems)
     return launch
+
+
+def _check_address_space() -> Iterator[str]:
+    """Name a limit so tight that libraries break in it which do not look whether they got what they asked for."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    if limit != resource.RLIM_INFINITY and limit - used < _LEAST_ADDRESS_SPACE:
+        yield (
+            f"ulimit -v (RLIMIT_AS): this process may use {limit >> 20} MB of address space and holds {used >> 20} MB "
+            f"before any model is built, which leaves less than the {_LEAST_ADDRESS_SPACE >> 20} MB that threads and "
+            "libraries need; raise the limit, or lift it (ulimit -v unlimited)"
+        )
 
 
 @contextlib.contextmanager
