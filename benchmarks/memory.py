@@ -157,9 +157,9 @@ def _row(
 ) -> dict[str, Any]:
     phases: dict[str, int] = measured["phases"]
     peak = max(phases.values())
-    whole = (
-        peak if backend == "replicated" else next((r["measured"] for r in before if r["backend"] == "replicated"), 0)
-    )
+    whole = next((row["measured"] for row in before if row["backend"] == "replicated"), None)
+    if backend == "replicated":
+        whole = peak
     return {
         "backend": backend,
         "measured": peak,
