@@ -40,7 +40,7 @@ _ZERO = {
 """The shipped configuration of each, and what stands in where there is none."""
 _HEADINGS = (
     *("ranks", "backend", "parameters", "gradients", "optimizer", "buffers"),
-    *("activations", "sum", "host", "fits"),
+    *("activations", "read ahead", "sum", "host", "fits"),
 )
 
 
@@ -62,6 +62,8 @@ class Passes:
 
     plain: Counted | None
     checkpointed: Counted | None
+    reading: float
+    """Bytes per slot of the cells that are read ahead."""
 
     def bytes(self, slots: int, padding: float, *, checkpointing: bool) -> float | None:
         """Return what a pass over so many slots takes."""
@@ -81,7 +83,7 @@ def make_report(options: argparse.Namespace, recipe: Recipe, lengths: Lengths) -
     plan = make_plan(recipe, lengths)
     # torch takes seconds, and is not needed to refuse a corpus.
     from trainer.layout import slot_frames
-    from trainer.memory.activations import count_activations, size_of
+    from trainer.memory.activations import count_activations, read_ahead, size_of
     from trainer.memory.worst import find_worst
 
     dim, classes = lengths.feature_dim, lengths.num_classes
@@ -90,7 +92,9 @@ def make_report(options: argparse.Namespace, recipe: Recipe, lengths: Lengths) -
         count_activations(recipe, feature_dim=dim, num_classes=classes, checkpointing=on) if options.measure else None
         for on in (False, True)
     )
-    passes = Passes(plain=plain, checkpointed=checkpointed)
+    on_cuda = options.device == "cuda"
+    reading = read_ahead(dim, num_workers=recipe.corpus.num_workers, on_cuda=on_cuda)
+    passes = Passes(plain=plain, checkpointed=checkpointed, reading=reading)
     longest = int(slot_frames(np.array([plan.num_frames.max()]), plan.total_stride)[0])
     budget = int(recipe.batch.max_frames_per_microbatch or recipe.batch.batch_size * longest)
     capacity = None if options.device_gb is None else int(options.device_gb * 1e9)
@@ -99,10 +103,15 @@ def make_report(options: argparse.Namespace, recipe: Recipe, lengths: Lengths) -
         worst = find_worst(plan, size=recipe.global_batch_size(world_size), world_size=world_size, budget=budget)
         # A budget beyond what a rank has in a step is never used.
         slots = max(min(budget, worst.most), worst.floor)
-        shares = {name: _static(size, backend, recipe, world_size) for name, backend in backends(world_size).items()}
+        shares = {
+            name: _static(size, backend, recipe, world_size, on_cuda=on_cuda)
+            for name, backend in backends(world_size).items()
+            # Where ranks compute on the host, there is no other place to move anything to.
+            if on_cuda or not backend.offload_optimizer
+        }
         for name, static in shares.items():
             taken = passes.bytes(slots, worst.padding, checkpointing=recipe.run.activation_checkpointing)
-            rows.append(_row(name, world_size, static, taken, capacity))
+            rows.append(_row(name, world_size, static, taken, passes.reading * slots, capacity))
         recommendations.append(
             {"world_size": world_size, **_recommend(shares, passes, worst, slots, budget, capacity, recipe)}
         )
@@ -116,6 +125,7 @@ def make_report(options: argparse.Namespace, recipe: Recipe, lengths: Lengths) -
         "activation_checkpointing": recipe.run.activation_checkpointing,
         "budget": budget,
         "longest_clip": longest,
+        "device": options.device,
         "device_bytes": capacity,
         "margin": _MARGIN,
         "measured": None if chosen is None else chosen.passes.to_json() | {"saved_per_slot": chosen.saved_per_slot},
@@ -143,18 +153,23 @@ def backends(world_size: int) -> dict[str, Backend]:
     return found
 
 
-def _static(size: Any, backend: Backend, recipe: Recipe, world_size: int) -> StaticMemory:
+def _static(size: Any, backend: Backend, recipe: Recipe, world_size: int, *, on_cuda: bool) -> StaticMemory:
     from trainer.memory.static import static_memory
 
     return static_memory(
-        size, backend=backend, world_size=world_size, optimizer=recipe.optimization.optimizer, on_cuda=True
+        size,
+        backend=backend,
+        world_size=world_size,
+        optimizer=recipe.optimization.optimizer,
+        on_cuda=on_cuda,
+        fused=recipe.optimization.fused_optimizer,
     )
 
 
 def _row(
-    name: str, world_size: int, static: StaticMemory, activations: float | None, capacity: int | None
+    name: str, world_size: int, static: StaticMemory, activations: float | None, reading: float, capacity: int | None
 ) -> dict[str, Any]:
-    total = None if activations is None else static.peak(activations)
+    total = None if activations is None else static.peak(activations) + reading
     return {
         "world_size": world_size,
         "backend": name,
@@ -164,7 +179,8 @@ def _row(
         "buffers_in_passes": static.in_passes,
         "buffers_in_update": static.in_update,
         "activations": activations,
-        "sum": static.kept + max(static.in_passes, static.in_update) if total is None else total,
+        "read_ahead": reading,
+        "sum": static.peak(0.0) + reading if total is None else total,
         "host": static.host,
         "fits": None if capacity is None or total is None else total <= capacity * (1.0 - _MARGIN),
     }
@@ -193,7 +209,11 @@ def _recommend(
         left = room - static.kept - static.in_passes
         if left <= 0 or static.kept + static.in_update > room:
             return 0
-        fitting = counted.passes.largest_budget(int(left), margin=0.0, padding=worst.padding)
+        taken = dataclasses.replace(counted.passes, per_slot=counted.passes.per_slot + passes.reading)
+        fitting = min(
+            taken.largest_budget(int(left), margin=0.0, padding=worst.padding),
+            int((room - static.kept - static.in_update) / passes.reading),
+        )
         if fitting >= slots:
             return budget
         return fitting if fitting >= worst.floor else 0
@@ -204,7 +224,8 @@ def _recommend(
         ("activation checkpointing", "data parallel", True, worst.floor),
     ]
     rungs += [(name, name, True, worst.floor) for name in ("ZeRO-2", "ZeRO-3") if name in shares]
-    rungs += [("CPU offload", name, True, worst.floor) for name in ("ZeRO-2, CPU offload", "ZeRO-3, CPU offload")]
+    offloaded = ("ZeRO-2, CPU offload", "ZeRO-3, CPU offload")
+    rungs += [("CPU offload", name, True, worst.floor) for name in offloaded if name in shares]
     for rung, name, checkpointed, needed in rungs:
         found = largest(name, checkpointed=checkpointed)
         if found >= needed:
@@ -237,6 +258,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         *(_mega(row[name]) for name in ("parameters", "gradients", "optimizer")),
         _mega(max(row["buffers_in_passes"], row["buffers_in_update"])),
         "-" if row["activations"] is None else _mega(row["activations"]),
+        _mega(row["read_ahead"]),
         _mega(row["sum"]),
         _mega(row["host"]),
         fits,
@@ -249,11 +271,17 @@ def _mega(count: float) -> str:
 
 def _notes(report: dict[str, Any]) -> list[str]:
     """Say what was measured, what is estimated, and what to do."""
+    code = "the CUDA context (some 500 MB)" if report["device"] == "cuda" else "the code of torch (some 400 MB)"
     notes = [
-        "MB per rank. buffers: gathered weights and reductions, in passes or in the update, whichever is more. sum:\n"
-        "the larger of the two moments, without the CUDA context (some 500 MB) and fragmentation. host: what CPU\n"
-        "offload keeps there, per rank."
+        "MB per rank. buffers: gathered weights and reductions, in passes or in the update, whichever is more. read\n"
+        f"ahead: features of the cells to come. sum: the larger of the two moments, without {code}\n"
+        "and fragmentation. host: what CPU offload keeps there, per rank."
     ]
+    if any(row["backend"] == "ZeRO-2" for row in report["rows"]):
+        notes.append(
+            "ZeRO-2 keeps the local gradient whole until the step, so that passes can be made again: it saves what\n"
+            "ZeRO-1 saves."
+        )
     measured = report["measured"]
     if measured is None:
         notes.append("Activations were not measured (--no-measure): the sum leaves them out.")
@@ -287,6 +315,12 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Recipe]:
     )
     add = parser.add_argument
     add("--world_size", type=_world_sizes, default=[1], metavar="W,W,…", help="numbers of ranks, as in 1,2,8")
+    add(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="what the ranks compute on (default cuda); a CPU's kernels and gloo take other buffers than a GPU's",
+    )
     add("--device_gb", type=_size, metavar="G", help="memory of each device, in 10^9 bytes: then says what fits")
     add("--lengths", type=Path, metavar="CSV", help="columns split,num_frames[,num_glosses], in place of a corpus")
     add("--feature_dim", type=_positive, metavar="D", help="with --lengths: features per frame")

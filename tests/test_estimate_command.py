@@ -63,7 +63,8 @@ def test_rows_say_what_each_backend_needs(table: Path, capsys: pytest.CaptureFix
     assert (1, "ZeRO-2") not in rows
     plain = rows[1, "data parallel"]
     kept = plain["parameters"] + plain["gradients"] + plain["optimizer"]
-    assert plain["sum"] == pytest.approx(kept + max(plain["activations"], plain["buffers_in_update"]))
+    most = max(plain["activations"], plain["buffers_in_update"])
+    assert plain["sum"] == pytest.approx(kept + most + plain["read_ahead"])
     assert found["recommendations"][0]["rung"] == "data parallel"
 
 
@@ -87,6 +88,36 @@ def test_a_smaller_device_is_a_lower_rung(
     assert rungs[0] == 0
     assert 1 in rungs
     assert rungs[-1] == len(order) - 1
+
+
+def test_zero2_saves_what_zero1_saves_and_the_table_says_why(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--lengths", table, *MODEL, "--world_size", "4", "--no-measure"]
+    found = report(capsys, *flags)
+    first, second, third = (
+        next(row for row in found["rows"] if row["backend"] == name) for name in ("ZeRO-1", "ZeRO-2", "ZeRO-3")
+    )
+    assert {**second, "backend": "ZeRO-1"} == first
+    assert third["gradients"] < second["gradients"] == found["parameters"] * 4
+    assert run(["estimate", *map(str, flags)]) == 0
+    assert "ZeRO-2 keeps the local gradient whole until the step" in capsys.readouterr().out
+
+
+def test_cells_read_ahead_are_counted_by_what_reads_them(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def row(*flags: str) -> dict[str, Any]:
+        found = report(capsys, "--lengths", table, *MODEL, "--no-measure", *flags)
+        assert [row["backend"] for row in found["rows"] if "offload" in row["backend"]] == (
+            [] if "cpu" in flags else ["ZeRO-2, CPU offload", "ZeRO-3, CPU offload", "FSDP2, CPU offload"]
+        )
+        plain: dict[str, Any] = found["rows"][0]
+        assert plain["sum"] == pytest.approx(plain["parameters"] * 4 + plain["buffers_in_update"] + plain["read_ahead"])
+        return plain
+
+    gpu, two, none = row(), row("--device", "cpu"), row("--device", "cpu", "--num_workers", "0")
+    assert row("--num_workers", "0")["read_ahead"] == gpu["read_ahead"] == 3 / 5 * two["read_ahead"]
+    assert none["read_ahead"] == 2 / 5 * two["read_ahead"]
+    # One tensor in turn against many at once.
+    assert two["buffers_in_update"] < 0.5 * gpu["buffers_in_update"] == 0.5 * gpu["parameters"]
+    assert row("--fused_optimizer", "true")["buffers_in_update"] == 0
 
 
 def test_checkpointing_takes_less_per_frame(table: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,6 +42,9 @@ class InputError(Exception):
 class TrainingFailedError(Exception):
     """End a run that cannot go on although its input was right; exit code 1, message without a traceback."""
 
+    local = False
+    """Whether one rank alone knows of it."""
+
 
 def format_problems(problems: Sequence[str]) -> str:
     """Lay problems out for a terminal: one line alone, several as a counted list."""
@@ -69,7 +72,7 @@ def exit_on_input_error(main: Callable[[], int | None]) -> NoReturn:
         _speak(format_problems(error.problems), alone=error.local)
         code = EXIT_INPUT_ERROR
     except TrainingFailedError as error:
-        _speak(f"failed: {error}")
+        _speak(f"failed: {error}", alone=error.local)
         code = 1
     except RuntimeError as error:
         if not any(text in str(error) for text in _LOST_CONTACT):

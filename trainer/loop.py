@@ -35,7 +35,7 @@ from trainer.passes import BrokenPassError
 from trainer.recipe import Recipe
 from trainer.relief import Relief, Reload
 from trainer.signals import StopRequest
-from trainer.step import StepOutcome, train_step
+from trainer.step import BrokenUpdateError, StepOutcome, train_step
 from trainer.validation import Evaluation, evaluate
 
 _MOST_SKIPS_IN_A_ROW = 10
@@ -184,6 +184,8 @@ class TrainingRun:
                     self.relief.descend_alone(
                         self.memory, f"a pass of {error} ran out of memory on rank {self.engine.rank}"
                     )
+                except BrokenUpdateError as error:
+                    self.relief.descend_from_update(self.memory, str(error))
                 if outcome.shortages:
                     self.relief.note_shortage(self.memory, share, outcome.shortages, self.state)
                 elif not outcome.repeat:

@@ -5,8 +5,9 @@ forgotten together with what this rank had before it, since a backward pass that
 The one place where that cannot be undone is the last backward pass, while its gradient is already on its way to the
 other ranks: then all of them discard the step and repeat it, with smaller cells.
 
-Where passes communicate, all ranks make the same passes, and a pass that breaks off inside leaves the others waiting.
-There, memory is reserved before a pass and the split agreed by all.
+Where passes communicate, all ranks make the same passes, and a pass that breaks off inside leaves the others waiting:
+the run starts again from the newest checkpoint, with cells of half the size for all. Asking before each pass whether it
+will fit would cost a word of all ranks on every pass, and know no more than the probe did when it set the budget.
 """
 
 from __future__ import annotations
@@ -46,8 +47,6 @@ class Passes:
     reload: Callable[[Cell], MicroBatch]
     """Reads a cell again, given its places in the global batch; valid until the next call."""
     label_smoothing: float
-    reserve: Callable[[int], bool] | None = None
-    """Tells whether memory for a cell of this many frames can be had; None where nobody knows what that takes."""
     distillation: Distillation | Undistilled = field(default_factory=Undistilled)
 
     def __post_init__(self) -> None:
@@ -116,26 +115,10 @@ class Passes:
             todo.extendleft((half, False) for half in reversed(halves))
 
     def _run_in_step(self, own: deque[Cell], cells: Iterator[MicroBatch]) -> None:
-        originals = len(own)
-        todo = deque((cell, place < originals) for place, cell in enumerate(own))
-        while True:
-            cell, is_first_try = todo.popleft() if todo else (np.empty(0, dtype=np.int64), False)
-            batch = self._load(cell, cells if is_first_try else None)
-            if self.reserve is not None:
-                if len(cell) and not self.reserve(batch.layout.length):
-                    self.shortages += 1
-                    halves = halve(cell, self.share.allotment.costs)
-                    if len(halves) == 1:
-                        self.misfit = int(cell[0])
-                    todo.extendleft((half, False) for half in reversed(halves) if len(halves) > 1)
-                    batch = self.reload(np.empty(0, dtype=np.int64))
-                more = bool(self.engine.all_reduce(torch.tensor([float(bool(todo))])).item())
-            else:
-                more = bool(todo)
-            if self._pass(batch, is_last=not more) is not None:
+        while own:
+            batch = self._load(own.popleft(), cells)
+            if self._pass(batch, is_last=not own) is not None:
                 raise BrokenPassError(f"{batch.layout.length} frames in {len(batch.clips)} clips")
-            if not more:
-                return
 
     def _load(self, cell: Cell, cells: Iterator[MicroBatch] | None) -> MicroBatch:
         asked = time.perf_counter()

@@ -17,16 +17,17 @@ from trainer.errors import TrainingFailedError
 from trainer.files import write_json
 from trainer.memory.budget import FrameBudget
 from trainer.memory.exhaustion import memory_figures
-from trainer.memory.ladder import Descent, Rung, Watch, next_rung, rungs_taken
+from trainer.memory.ladder import CHECKPOINTING, SMALLER_BUDGET, Descent, Rung, Watch, next_rung, rungs_taken
 from trainer.observe.trackers import Tracker
 from trainer.passes import Cell
 from trainer.recipe import Recipe
 
 EVENTS = "relief.json"
+_TRIED = "every way to need less memory was tried"
 _OPTIONS = (
-    "cut long clips (--max_frames), leave it out aloud (--skip_clips ID), or take a GPU with more memory; every way to "
-    "need less memory was tried"
+    "cut long clips (--max_frames), leave it out aloud (--skip_clips ID), or take a GPU with more memory; " + _TRIED
 )
+_OPTIONS_OF_UPDATES = "use more ranks, a smaller model (--width, --rnn_size), or hardware with more memory; " + _TRIED
 
 
 class Relief:
@@ -56,31 +57,43 @@ class Relief:
 
     def descend_together(self, memory: FrameBudget, reason: str) -> NoReturn:
         """End this attempt on all ranks, to start again one rung lower; all of them know the reason."""
-        raise Descent(self._next(memory, reason, alone=True))
+        # A single clip is what did not fit: a smaller budget does not cut it.
+        raise Descent(self._next(memory, reason, without=(SMALLER_BUDGET,)))
 
     def descend_alone(self, memory: FrameBudget, reason: str) -> NoReturn:
         """Start all ranks again from the newest checkpoint: they wait for this one, and cannot be asked."""
-        self._watch.announce(self._next(memory, reason, alone=False))
+        self._announce(memory, reason)
+
+    def descend_from_update(self, memory: FrameBudget, message: str) -> NoReturn:
+        """Do the same where the optimizer ran out of memory, which passes that need less would not help."""
+        reason = f"the optimizer ran out of memory on rank {self._engine.rank} ({message})"
+        self._announce(memory, reason, without=(SMALLER_BUDGET, CHECKPOINTING), options=_OPTIONS_OF_UPDATES)
 
     def close(self) -> None:
         """Stop listening to other ranks."""
         self._watch.close()
 
-    def _next(self, memory: FrameBudget, reason: str, *, alone: bool) -> Rung:
-        taken = [rung.name for rung in self._taken]
-        if alone:
-            # A single clip is what did not fit: a smaller budget does not cut it.
-            taken.append("smaller budget")
+    def _announce(
+        self, memory: FrameBudget, reason: str, *, without: tuple[str, ...] = (), options: str = _OPTIONS
+    ) -> NoReturn:
+        try:
+            rung = self._next(memory, reason, without=without, options=options)
+        except TrainingFailedError as error:
+            error.local = True
+            raise
+        self._watch.announce(rung)
+
+    def _next(self, memory: FrameBudget, reason: str, *, without: tuple[str, ...], options: str = _OPTIONS) -> Rung:
         rung = next_rung(
             backend=self._engine.rung,
             activation_checkpointing=self._recipe.run.activation_checkpointing,
             world_size=self._engine.world_size,
             budget=memory.value,
             floor=memory.floor,
-            taken=taken,
+            taken=[*(rung.name for rung in self._taken), *without],
         )
         if rung is None:
-            raise TrainingFailedError(f"{reason}; {_OPTIONS}")
+            raise TrainingFailedError(f"{reason}; {options}")
         return Rung(name=rung.name, flags=rung.flags, environment=rung.environment, reason=reason)
 
     def _record(self, event: dict[str, Any], *, step: int, epoch: int) -> None:

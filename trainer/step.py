@@ -13,7 +13,12 @@ from trainer.data.batch import MicroBatch
 from trainer.data.loader import StepShare
 from trainer.distillation import Distillation, Undistilled
 from trainer.engine import Engine, Update
+from trainer.memory.exhaustion import is_exhaustion
 from trainer.passes import Cell, Passes
+
+
+class BrokenUpdateError(Exception):
+    """An update that ran out of memory: some weights of this rank may have stepped and others not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +59,15 @@ def train_step(
     gradient_clip: float,
     label_smoothing: float,
     stop_requested: bool,
-    reserve: Callable[[int], bool] | None = None,
     distillation: Distillation | Undistilled | None = None,
 ) -> StepOutcome:
     """Run one optimizer step of the global batch.
 
     The step is applied, skipped or repeated by all ranks together: what is not finite on one of them is skipped on all.
+    Raises `BrokenPassError` or `BrokenUpdateError`, on this rank alone, where only a checkpoint is sound any more.
     """
     started = time.perf_counter()
-    passes = Passes(engine, share, reload, label_smoothing, reserve, distillation or Undistilled())
+    passes = Passes(engine, share, reload, label_smoothing, distillation or Undistilled())
     passes.run(cells)
     total, suspects = passes.losses()
     finite = math.isfinite(total)
@@ -88,7 +93,7 @@ def train_step(
         engine.discard()
         update = Update(grad_norm=math.nan, applied=False)
     else:
-        update = engine.update(learning_rate, gradient_clip)
+        update = _update(engine, learning_rate, gradient_clip)
     return StepOutcome(
         loss=loss_sum / share.denominator,
         ctc_loss=ctc_sum / share.denominator,
@@ -105,3 +110,12 @@ def train_step(
         misfit=passes.misfit,
         message=passes.message,
     )
+
+
+def _update(engine: Engine, learning_rate: float, gradient_clip: float) -> Update:
+    try:
+        return engine.update(learning_rate, gradient_clip)
+    except Exception as error:
+        if not is_exhaustion(error):
+            raise
+        raise BrokenUpdateError(str(error).partition("\n")[0][:200]) from None

@@ -1,8 +1,8 @@
 """Train as `trainer.train` does, with memory that runs out where the environment says.
 
-SHORTAGES: JSON list of {"rank", "stage": forward | backward | validation | loading, "calls": [numbers] or "all",
-"above": clips, "first_attempt_only"}: the calls of that stage on that rank, counted from 0 over the process, in which
-memory runs out if the cell has more clips than `above`.
+SHORTAGES: JSON list of {"rank", "stage": forward | backward | validation | loading | update, "calls": [numbers] or
+"all", "above": clips, "first_attempt_only"}: the calls of that stage on that rank, counted from 0 over the process, in
+which memory runs out if the cell has more clips than `above`. An update breaks off with its weights half-way.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import trainer.train
 from trainer.engine import Engine
@@ -20,7 +21,7 @@ from trainer.errors import exit_on_input_error
 
 def main() -> int:
     """Patch the engine's passes, then train."""
-    counts = {"forward": 0, "backward": 0, "validation": 0, "loading": 0}
+    counts = {"forward": 0, "backward": 0, "validation": 0, "loading": 0, "update": 0}
     plans = json.loads(os.environ["SHORTAGES"])
     once = os.environ.get("SIGNSCALE_RUNGS")
 
@@ -70,6 +71,18 @@ def main() -> int:
         return load(self, plan)
 
     CellLoader._load = short_load  # type: ignore[method-assign]
+
+    def leave_half_way(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        try:
+            run_out("update", int(os.environ["RANK"]), 1)
+        except torch.OutOfMemoryError:
+            with torch.no_grad():
+                for group in optimizer.param_groups:
+                    for parameter in group["params"][::2]:
+                        parameter.mul_(1.5)
+            raise
+
+    register_optimizer_step_post_hook(leave_half_way)
     for kind in (ReplicatedEngine, ShardedEngine, ZeroEngine):
         patch(kind)
     return trainer.train.main()

@@ -103,7 +103,9 @@ def test_a_pass_that_all_ranks_are_in_starts_the_run_again_with_a_smaller_budget
     corpus: Path, undisturbed: Path, tmp_path: Path, backend: str, plan: str
 ) -> None:
     plans, flags = PLANS[plan]
-    once = [{**item, **ONCE, "above": 0, "calls": [4]} for item in plans]
+    # A validation of five clips is one or two passes.
+    calls = [1] if plan == "in a validation" else [4]
+    once = [{**item, **ONCE, "above": 0, "calls": calls} for item in plans]
     said = short(backend, corpus, tmp_path / "run", once, *flags)
     assert said.count("started again: ") == 1
     assert "now with smaller budget" in said
@@ -121,6 +123,36 @@ def test_a_clip_that_does_not_fit_alone_takes_the_run_down_the_ladder(
     assert_same_losses(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.parametrize(
+    ("backend", "rung"),
+    [
+        ("replicated", "ZeRO-2"),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in (("zero2", "ZeRO-3"), ("zero3", "CPU offload"), ("fsdp2", "FSDP2 on the host"))
+        ),
+    ],
+)
+def test_an_update_that_runs_out_half_way_starts_the_run_again_where_the_optimizer_needs_less(
+    corpus: Path, undisturbed: Path, tmp_path: Path, backend: str, rung: str
+) -> None:
+    plans = [{"rank": 1, "stage": "update", "calls": [4], **ONCE}]
+    said = short(backend, corpus, tmp_path / "run", plans)
+    assert said.count("started again: ") == 1
+    assert "the optimizer ran out of memory on rank 1 (injected in call 4 of update)" in said
+    assert f"now with {rung}" in said
+    assert_same_losses(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.slow
+def test_an_update_that_fits_nowhere_is_told_by_the_rank_that_knows(corpus: Path, tmp_path: Path) -> None:
+    extra = {"SHORTAGES": json.dumps([{"rank": 1, "stage": "update", "calls": "all"}]), "FSDP_OFFLOAD_PARAMS": "true"}
+    done = run("fsdp2", 2, corpus, tmp_path / "run", *RECIPE, module=WORKER, extra=extra, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("failed: the optimizer ran out of memory on rank 1") == 1
+    assert "use more ranks, a smaller model" in done.stderr
+
+
 @pytest.mark.slow
 def test_each_rung_is_taken_once_and_the_last_error_names_the_clip_and_the_ways_out(
     corpus: Path, tmp_path: Path
@@ -129,7 +161,9 @@ def test_each_rung_is_taken_once_and_the_last_error_names_the_clip_and_the_ways_
     extra = {"SHORTAGES": json.dumps(plans)}
     done = run("replicated", 2, corpus, tmp_path / "run", *RECIPE, module=WORKER, extra=extra, check=False)
     rungs = [line.split("now with ")[1].split(" (")[0] for line in done.stdout.splitlines() if "now with" in line]
-    assert rungs == ["activation checkpointing", "ZeRO-2", "ZeRO-3", "CPU offload"]
+    # A clip that does not fit alone needs no smaller budget. Under ZeRO-3, where the other ranks wait in the middle of
+    # the pass, nobody can ask whether it was alone.
+    assert rungs == ["activation checkpointing", "ZeRO-2", "ZeRO-3", "smaller budget", "CPU offload"]
     assert done.returncode == 1
     assert "failed: " in done.stderr
     for way in ("--max_frames", "--skip_clips", "a GPU with more memory"):

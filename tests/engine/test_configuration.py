@@ -57,6 +57,15 @@ def test_shipped_configurations_are_deepspeeds_own_and_have_nothing_left_to_gues
         ({"gradient_clipping": 0.3}, "gradient_clipping.*0.3"),
         ({"train_micro_batch_size_per_gpu": "auto"}, "auto"),
         ({"zero_optimization": {"stage": 0}}, "stage"),
+        ({"zero_force_ds_cpu_optimizer": True}, "zero_force_ds_cpu_optimizer.*needs no compiler"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            r"offload_optimizer\.nvme_path is missing: expected a folder on a local NVMe disk",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}},
+            "stage 2 does not offload to nvme",
+        ),
     ],
 )
 def test_what_the_engine_would_not_do_is_refused_by_key(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from trainer.engine import open_engine
 from trainer.engine.precision import LossScale, NoLossScale, make_loss_scale
 from trainer.engine.replicated import FlatGradients
+from trainer.errors import TrainingFailedError
+from trainer.parsing import parse_recipe
 
 
 def test_gradients_lie_in_one_buffer_and_add_up() -> None:
@@ -56,3 +61,17 @@ def test_no_other_precision_scales(precision: str) -> None:
     scale.update(overflowed=True)
     assert scale.value == 1.0
     assert scale.state() == {}
+
+
+def test_a_model_that_does_not_fit_ends_the_run_in_one_line(tmp_path: Path) -> None:
+    class Endless(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            # 2^44 weights that take no memory themselves; their gradients would take 64 TiB.
+            self.weight = nn.Parameter(torch.zeros(1).expand(1 << 44))
+
+    recipe = parse_recipe(["--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "run")])
+    engine = open_engine(recipe)
+    with pytest.raises(TrainingFailedError, match=r"not fit into the memory of rank 0 under data parallel") as ended:
+        engine.prepare(Endless(), recipe.optimization)
+    assert ended.value.local

@@ -375,6 +375,10 @@ def test_weights_of_another_architecture_are_refused_and_change_nothing(options:
     before = {name: value.clone() for name, value in target.state_dict().items()}
     with pytest.raises(InputError, match=r"runs/other: .*use the model options it was trained with"):
         load_weights(target, make_teacher(**options).state_dict(), where="runs/other")
+    # Of another vocabulary too, whose glosses are matched first.
+    classes: list[int | None] = [0, None, *range(2, CLASSES)]
+    with pytest.raises(InputError, match=r"runs/other: .*use the model options it was trained with"):
+        load_weights(target, make_teacher(**options).state_dict(), classes=classes, where="runs/other")
     assert all(torch.equal(target.state_dict()[name], value) for name, value in before.items())
 
 

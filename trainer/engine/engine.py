@@ -15,7 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from trainer.data.batch import MicroBatch
 from trainer.engine.precision import LossScale, PreciseModel, make_loss_scale, watch_overflow
 from trainer.engine.processes import Processes
+from trainer.errors import TrainingFailedError
 from trainer.layout import TimeLayout
+from trainer.memory.exhaustion import is_exhaustion
 from trainer.recipe import OptimizationRecipe, RunRecipe
 
 State = dict[str, Tensor]
@@ -61,13 +63,28 @@ class Engine(abc.ABC):
         self._wrapped: PreciseModel | None = None
 
     def prepare(self, model: nn.Module, recipe: OptimizationRecipe | None) -> None:
-        """Take over a model whose weights are the same on every rank; without a recipe, for evaluation alone."""
-        self._wrapped = PreciseModel(model.to(self.device), self._precision, self.device)
-        if self._compiles:
-            compile_blocks(self._wrapped.blocks())
-        if self._checkpoints_activations:
-            checkpoint_activations(self._wrapped.blocks())
-        self._prepare(self._wrapped, recipe)
+        """Take over a model whose weights are the same on every rank; without a recipe, for evaluation alone.
+
+        Raises `TrainingFailedError`, on this rank alone, if it does not fit into memory.
+        """
+        try:
+            self._wrapped = PreciseModel(model.to(self.device), self._precision, self.device)
+            if self._compiles:
+                compile_blocks(self._wrapped.blocks())
+            if self._checkpoints_activations:
+                checkpoint_activations(self._wrapped.blocks())
+            self._prepare(self._wrapped, recipe)
+        except Exception as error:
+            if not is_exhaustion(error):
+                raise
+            message = str(error).partition("\n")[0][:200] or type(error).__name__
+            failure = TrainingFailedError(
+                f"the model does not fit into the memory of rank {self.rank} under {self.name} ({message}); use a "
+                "smaller one (--width, --rnn_size), a backend that parts or moves more of it (see signscale estimate), "
+                "or hardware with more memory"
+            )
+            failure.local = True
+            raise failure from None
 
     @property
     def module(self) -> nn.Module:

@@ -119,11 +119,21 @@ def make_loss_scale(precision: Precision) -> LossScale:
 
 
 def check_precision(precision: Precision, device: torch.device) -> None:
-    """Raise `InputError` if the device cannot compute in a precision."""
+    """Raise `InputError` if the device cannot compute in a precision, which a pass of a few numbers shows."""
+    if precision == "no":
+        return
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"this {device.type}"
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise InputError(f"mixed_precision: {name} has no bf16; use --mixed_precision fp16, or no")
+    try:
+        with torch.autocast(device.type, _DTYPES[precision]):
+            sequence = torch.zeros(1, 2, 4, device=device, requires_grad=True)
+            nn.functional.linear(nn.functional.conv1d(sequence, sequence), sequence[0, :, :1]).float().sum().backward()
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
         raise InputError(
-            f"mixed_precision: {torch.cuda.get_device_name(device)} has no bf16; use --mixed_precision fp16, or no"
-        )
+            f"mixed_precision: {name} cannot compute in {precision} ({reason}); use --mixed_precision no"
+        ) from error
 
 
 @contextlib.contextmanager

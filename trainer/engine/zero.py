@@ -129,12 +129,18 @@ class ZeroEngine(Engine):
 
         scalars = {slot: value for _, slot, value in named_slots(slots) if value.ndim == 0}
         vectors = {slot for _, slot, value in named_slots(slots) if value.ndim}
-        for flat in self._flat_parts():
+        for group, flat in enumerate(self._flat_parts()):
+            # On a disk, a part is empty here until it is read; what was not there yet is written with it.
+            on_disk = self.stage == 3 and self._zero._swappable_optimizer_subgroup(group)
+            if on_disk:
+                self._zero._optimizer_states_and_gradient_swap_in(group)
             state = self._zero.optimizer.state[flat]
             for slot in vectors:
                 state.setdefault(slot, torch.zeros_like(flat))
             for slot, value in scalars.items():
                 state[slot] = value.clone()
+            if on_disk:
+                self._zero._optimizer_states_and_gradient_swap_out(group)
         self._link_states()
         parameters = dict(self.module.named_parameters())
         for name, slot, value in named_slots(slots):

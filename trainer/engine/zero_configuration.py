@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -154,10 +155,12 @@ def _lacking(content: dict[str, Any]) -> Iterator[str]:
     }
     for where, folder in folders.items():
         yield from _check_folder(where, folder)
-    if folders and not _has_asynchronous_io():
+    missing = list(_missing_for_asynchronous_io()) if folders else []
+    if missing:
         yield (
-            "device nvme: DeepSpeed's async_io cannot be built or loaded here; install libaio with its headers "
-            '(libaio-dev or libaio-devel) and a C++ compiler, or use "device": "cpu"'
+            "device nvme: DeepSpeed builds its async_io on first use, with a C++ compiler, ninja and libaio's headers "
+            f"(libaio-dev or libaio-devel); found no {', no '.join(missing)}; install what is missing, or use "
+            '"device": "cpu"'
         )
 
 
@@ -174,11 +177,23 @@ def _check_folder(where: str, folder: str) -> Iterator[str]:
         yield f"{where}: expected a folder to write to directly, {folder} answers {error.strerror}; name another"
 
 
-def _has_asynchronous_io() -> bool:
+def _missing_for_asynchronous_io() -> Iterator[str]:
     _prepare_import()
+    from deepspeed.git_version_info import installed_ops
     from deepspeed.ops.op_builder import AsyncIOBuilder
+    from torch.utils.cpp_extension import get_cxx_compiler, is_ninja_available
 
-    return bool(AsyncIOBuilder().is_compatible(verbose=False))
+    builder = AsyncIOBuilder()
+    if installed_ops.get(builder.name):
+        return
+    if not is_ninja_available():
+        yield "ninja"
+    compiler = get_cxx_compiler().split()[0]
+    if shutil.which(compiler) is None:
+        yield f"C++ compiler ({compiler})"
+    elif not builder.is_compatible(verbose=False):
+        # It compiles a program that calls libaio.
+        yield "libaio"
 
 
 def _zero_model() -> Any:

@@ -82,6 +82,11 @@ def in_use(device: torch.device) -> int:
     return _status("VmRSS")
 
 
+def resident_files() -> int:
+    """Return the bytes of files that are mapped and resident, libraries above all; a part of what a CPU has in use."""
+    return _status("RssFile")
+
+
 def trim() -> None:
     """Give freed host memory back to the system, so that what is resident is what is used (glibc alone can)."""
     with contextlib.suppress(OSError, AttributeError):

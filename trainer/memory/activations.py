@@ -82,3 +82,13 @@ def count_activations(recipe: Recipe, *, feature_dim: int, num_classes: int, che
         peaks.append(counter.peak + float(cell.features.nbytes))
         saved = max(saved, kept.total / loads[-1].slots)
     return Counted(size=measure_size(model), passes=fit(loads, peaks), saved_per_slot=saved)
+
+
+def read_ahead(feature_dim: int, *, num_workers: int, on_cuda: bool) -> float:
+    """Return the bytes per slot of the cells that the loader holds beside the one in use, the update included.
+
+    On a CPU every buffer of `CellLoader` but one; on a GPU the next cell as it is computed on, and the one after it
+    while it is transformed from what is stored: float32, since a table of lengths does not say.
+    """
+    cells = 3 if on_cuda else max(2, 2 * num_workers + 1)
+    return 4.0 * feature_dim * cells

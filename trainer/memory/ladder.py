@@ -16,6 +16,9 @@ import torch.distributed as dist
 
 from trainer.engine.processes import ATTEMPT, attempt, meeting_store
 
+SMALLER_BUDGET, CHECKPOINTING = "smaller budget", "activation checkpointing"
+"""The rungs on which a pass needs less, and nothing else."""
+
 _TAKEN = "SIGNSCALE_RUNGS"
 """Environment variable with the rungs that this launch has come down already, as JSON."""
 _KEY = "signscale/restart"
@@ -43,9 +46,9 @@ def next_rung(
     """
     rungs: list[Rung] = []
     if budget > floor:
-        rungs.append(Rung(name="smaller budget", flags=("--max_frames_per_microbatch", str(max(floor, budget // 2)))))
+        rungs.append(Rung(name=SMALLER_BUDGET, flags=("--max_frames_per_microbatch", str(max(floor, budget // 2)))))
     if not activation_checkpointing:
-        rungs.append(Rung(name="activation checkpointing", flags=("--activation_checkpointing", "true")))
+        rungs.append(Rung(name=CHECKPOINTING, flags=("--activation_checkpointing", "true")))
     if backend.startswith("fsdp2"):
         if backend == "fsdp2":
             rungs.append(Rung(name="FSDP2 on the host", environment=(("FSDP_OFFLOAD_PARAMS", "true"),)))

@@ -102,28 +102,31 @@ def zero_backend(config: Mapping[str, Any]) -> Backend:
 
 
 def static_memory(
-    model: ModelSize, *, backend: Backend, world_size: int, optimizer: str, on_cuda: bool
+    model: ModelSize, *, backend: Backend, world_size: int, optimizer: str, on_cuda: bool, fused: bool = False
 ) -> StaticMemory:
-    """Return what one of `world_size` ranks holds."""
+    """Return what one of `world_size` ranks holds; `fused`: whether the optimizer's step is one kernel."""
     whole = model.total * _FLOAT32
     part = -(-model.total // world_size) * _FLOAT32
     slots = _SLOTS[optimizer]
     # On CUDA torch's Adam works on many tensors at once and keeps a copy of one state; on a CPU two of each in turn.
-    scratch = {True: 1.0, False: 2.0}[on_cuda] if slots == 2 else 0.0
+    scratch = {True: 1.0, False: 2.0}[on_cuda] if slots == 2 and not fused else 0.0
     if backend.kind == "replicated":
-        largest = model.largest_weight * _FLOAT32
-        # The norm adds up in float64: on CUDA inside the kernel, on a CPU over a copy.
-        in_update = scratch * whole if on_cuda else max(2 * whole, scratch * largest)
+        # One tensor in turn: never more than the largest. The norm takes no copy (`FlatGradients.norm`).
+        in_update = scratch * (whole if on_cuda else model.largest_weight * _FLOAT32)
         return _on_device(whole, whole, slots * whole, 0, int(in_update))
     if backend.kind == "fsdp2":
-        return _fsdp2(model, backend, part, slots, scratch, world_size)
+        # One tensor in turn on a CPU, as above: of each, this rank has its part.
+        taken = scratch * (part if on_cuda else -(-model.largest_weight // world_size) * _FLOAT32)
+        return _fsdp2(model, backend, part, slots, int(taken), world_size)
     buffer = backend.bucket * _FLOAT32
     if not on_cuda:
         # Pages that nothing was written to are not there.
         buffer = min(buffer, whole)
     if backend.stage < 3:
         return _zero12(backend, whole, part, slots, scratch, buffer * (2 if backend.overlaps else 1), model)
-    return _zero3(backend, whole, part, slots, scratch, buffer, model)
+    # What gloo sums in parts it copies first, as NCCL does not (measured: 102 MB for a tensor of 100).
+    copied = 0 if on_cuda else buffer
+    return _zero3(backend, whole, part, slots, scratch, buffer, copied, model)
 
 
 def _on_device(parameters: int, gradients: int, optimizer: int, in_passes: int, in_update: int) -> StaticMemory:
@@ -142,12 +145,15 @@ def _zero12(
 ) -> StaticMemory:
     """Stages 1 and 2, whose passes the engine keeps from reducing: the whole local gradient lies there until the step.
 
-    Beside the flat weights there is a float32 copy of this rank's part, which the optimizer works on. The update fills
-    buckets, copies what belongs to this rank, and by then the whole gradient has gone.
+    So stage 2 saves no more than stage 1. Beside the flat weights there is a float32 copy of this rank's part, which
+    the optimizer works on. The update moves the gradient into buckets, sends a copy of each, and keeps this rank's part
+    of what comes back. When the optimizer steps, the buckets have gone, but that part is there twice: the optimizer
+    works on a flat copy, while the gradients of the group of small weights are still views of the original (seen in
+    DeepSpeed 0.19: the storages alive when Adam begins).
     """
     largest = model.largest_weight * _FLOAT32
     sent = min(buffer, whole) if buffer else largest
-    reducing = part + buffer + sent
+    reducing = buffer - sent + max(sent, part)
     if backend.offload_optimizer:
         # Part, gradient, buffer of the way back, pinned; the states; two single weights on their way.
         host = (3 + slots) * part + int(scratch > 0) * 2 * part + largest
@@ -159,21 +165,24 @@ def _zero12(
             in_update=buffer + sent + largest,
             host=host,
         )
-    stepping = int((2 + scratch) * part) + buffer - whole
+    stepping = int((2 + scratch) * part) - whole
     return _on_device(whole + part, whole, slots * part, 0, max(reducing, stepping))
 
 
 def _zero3(
-    backend: Backend, whole: int, part: int, slots: int, scratch: float, buffer: int, model: ModelSize
+    backend: Backend, whole: int, part: int, slots: int, scratch: float, buffer: int, copied: int, model: ModelSize
 ) -> StaticMemory:
     """Stage 3: everything in parts, a float32 copy of the weights among them; weights gathered for their use.
 
-    Gathered weights that are needed again within `reuse` elements stay: of a model with fewer, all of them.
+    Gathered weights that are needed again within `reuse` elements stay: of a model with fewer, all of them, which on
+    few ranks takes more than stage 3 saves. They go one by one as the backward pass is done with them, while their
+    gradients fill the bucket and are copied to be sent: where it is sent first, one takes the place of the other. Still
+    outside of it are the gradients of the layer at work: of a BiLSTM, whose weights are the largest, both directions.
     """
     block, largest = model.largest_block * _FLOAT32, model.largest_weight * _FLOAT32
     gathered = min(whole, max(block, backend.reuse * _FLOAT32))
     # The bucket is there from the start to the end.
-    passes = gathered + block + 2 * largest + buffer
+    passes = gathered + buffer + copied + 2 * largest
     if backend.offload_optimizer:
         weights = 0 if backend.offload_weights else part
         host = (2 + slots + int(scratch > 0) * 2) * part + (part if backend.offload_weights else 0)
@@ -188,8 +197,12 @@ def _zero3(
     return _on_device(2 * part, part, slots * part, passes, int((1 + scratch) * part) + buffer)
 
 
-def _fsdp2(model: ModelSize, backend: Backend, part: int, slots: int, scratch: float, world_size: int) -> StaticMemory:
-    """FSDP2: everything in parts; at worst the gradient of the largest block, its copy to send, and what returns."""
+def _fsdp2(model: ModelSize, backend: Backend, part: int, slots: int, in_update: int, world_size: int) -> StaticMemory:
+    """FSDP2: everything in parts; at worst the gradient of the largest block, a copy to send, and what returns.
+
+    On a GPU the copy to send is made while the gradient is there; on a CPU the gradient has gone when gloo copies that
+    copy: two either way.
+    """
     whole, block = model.total * _FLOAT32, model.largest_block * _FLOAT32
     passes = 2 * block + -(-block // world_size)
     if not backend.reshards:
@@ -198,4 +211,4 @@ def _fsdp2(model: ModelSize, backend: Backend, part: int, slots: int, scratch: f
         return StaticMemory(
             parameters=0, gradients=0, optimizer=0, in_passes=passes, in_update=0, host=(2 + slots) * part
         )
-    return _on_device(part, part, slots * part, passes, int(scratch * part))
+    return _on_device(part, part, slots * part, passes, in_update)

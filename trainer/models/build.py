@@ -81,6 +81,9 @@ def load_weights(
     loaded = dict(weights)
     if classes is not None:
         for name in [name for name in own if name.startswith(_CLASSIFIER) and name in weights]:
+            if weights[name].shape[1:] != own[name].shape[1:]:
+                # Of another width altogether, as is said below.
+                continue
             rows = own[name].clone()
             for row, source in enumerate(classes):
                 if source is not None:
