@@ -17,7 +17,7 @@ from launch.lengths import Lengths, read_length_table, read_lengths
 from launch.plan import make_plan
 from trainer.errors import InputError, exit_on_input_error
 from trainer.options import OptionParser
-from trainer.recipe import Recipe, combination_problems
+from trainer.recipe import VIDEO_MODELS, Recipe, combination_problems
 
 # What needs torch is imported once the command line is known to be right.
 if TYPE_CHECKING:
@@ -93,7 +93,8 @@ def make_report(options: argparse.Namespace, recipe: Recipe, lengths: Lengths) -
         for on in (False, True)
     )
     on_cuda = options.device == "cuda"
-    reading = read_ahead(dim, num_workers=recipe.corpus.num_workers, on_cuda=on_cuda)
+    itemsize = 1 if recipe.model.model in VIDEO_MODELS else 4
+    reading = read_ahead(dim, num_workers=recipe.corpus.num_workers, on_cuda=on_cuda, itemsize=itemsize)
     passes = Passes(plain=plain, checkpointed=checkpointed, reading=reading)
     longest = int(slot_frames(np.array([plan.num_frames.max()]), plan.total_stride)[0])
     budget = int(recipe.batch.max_frames_per_microbatch or recipe.batch.batch_size * longest)

@@ -76,6 +76,13 @@ def test_a_run_goes_on_with_its_norm_unless_another_is_asked_for() -> None:
         check_same_recipe(stored, make_recipe(model="i3d", norm="group"), "there")
 
 
+def test_frozen_statistics_come_from_somewhere_once_it_is_known_where_a_run_goes_on_from() -> None:
+    recipe = make_recipe(model="i3d", norm="frozen")
+    assert settle_norm(recipe, recipe).model.norm == "frozen"
+    with pytest.raises(InputError, match="has no checkpoint to go on from; add --pretrained true or --init_from FILE"):
+        settle_norm(recipe, None)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -83,10 +90,6 @@ def test_a_run_goes_on_with_its_norm_unless_another_is_asked_for() -> None:
         (["--model", "student", "--pretrained", "true"], "pretrained: is for models of video, student takes features"),
         (["--model", "i3d", "--pretrained", "true"], "pretrained: is for mobilenet_v3_"),
         (["--model", "i3d", "--norm", "frozen"], "norm: frozen statistics come with loaded weights"),
-        (
-            ["--model", "i3d", "--norm", "frozen", "--resume", "auto"],
-            "norm: frozen statistics come with loaded weights",
-        ),
         (["--model", "i3d", "--streams", "{pose: [0, 9]}"], "streams: are slices of features, i3d takes video"),
         (["--model", "mobilenet_v3_small", "--pretrained", "true", "--init_from", "x"], "pretrained and init_from"),
         (["--model", "mobilenet_v3_small", "--pretrained", "true", "--width", "0.5"], "of width 1.0, not 0.5"),

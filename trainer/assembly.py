@@ -43,11 +43,12 @@ def build_run(recipe: Recipe, engine: Engine, progress: Progress, stop: StopRequ
     resumed = start if goes_on else None
     if resumed is not None:
         check_same_recipe(resumed.recipe, recipe, str(path))
+        _check_same_objective(resumed.recipe, recipe, str(path))
         progress.say(f"going on from step {resumed.state.step} (epoch {resumed.state.epoch})")
     cost_model = engine.on_main(
         lambda: read_cost_model(Path(recipe.batch.cost_model)) if recipe.batch.cost_model else FRAMES_ONLY
     )
-    teacher = open_source(recipe, engine)
+    teacher = open_source(recipe, engine, went_on=path.parents[1] if path is not None and goes_on else None)
     corpus = prepare_corpus(
         recipe.corpus,
         recipe.model.total_stride,
@@ -112,6 +113,17 @@ def build_run(recipe: Recipe, engine: Engine, progress: Progress, stop: StopRequ
         relief=Relief(engine, recipe, trackers, progress.say),
         distillation=distillation,
     )
+
+
+def _check_same_objective(stored: Recipe, recipe: Recipe, where: str) -> None:
+    """Refuse to give a run a teacher in mid-course, or to take it away; which teacher it is, `open_source` checks."""
+    had, has = (bool(one.distillation.teacher or one.distillation.soft_targets) for one in (stored, recipe))
+    if had != has:
+        raise InputError(
+            f"{where}: the run {'learns from the teacher of its first command' if had else 'has no teacher'}, but "
+            f"{'one' if has else 'no teacher'} is named now; go on as it began, or start a new --output_dir "
+            "(--init_from keeps the weights)"
+        )
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:

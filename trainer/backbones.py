@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from trainer.engine import Engine
+from trainer.errors import InputError
 from trainer.models.norms import Norm
 from trainer.models.pretrained import load_backbone, read_weights
 from trainer.models.recognizer import Recognizer
@@ -17,7 +18,13 @@ def settle_norm(recipe: Recipe, start: Recipe | None) -> Recipe:
     """Choose the norm that a recipe leaves open, so that the stored recipe names it.
 
     It is that of the run whose weights are loaded (`start`), `frozen` where published weights are, else `group`.
+    Raises `InputError` for frozen statistics that nothing brings.
     """
+    if recipe.model.norm == "frozen" and start is None and not (recipe.model.pretrained or recipe.run.init_from):
+        raise InputError(
+            f"norm: frozen statistics come with loaded weights, and {recipe.run.output_dir} has no checkpoint to go on "
+            "from; add --pretrained true or --init_from FILE, or use --norm group"
+        )
     if recipe.model.model not in VIDEO_MODELS or recipe.model.norm is not None:
         return recipe
     fresh: Norm = "frozen" if recipe.model.pretrained or recipe.run.init_from else "group"

@@ -23,11 +23,12 @@ from trainer.data.vocabulary import Vocabulary
 from trainer.distillation import RECORD, Distillation, Source, Undistilled
 from trainer.engine import Engine
 from trainer.engine.replicated import ReplicatedEngine
-from trainer.errors import InputError, name_some
+from trainer.errors import InputError, TrainingFailedError, name_some
 from trainer.layout import lay_out, slot_frames
 from trainer.models.build import build_model, load_weights
 from trainer.objectives.ctc import float32_log_probs
 from trainer.observe.progress import Progress
+from trainer.passes import BrokenPassError
 from trainer.recipe import VIDEO_MODELS, Recipe
 from trainer.softtargets.store import SoftTargets, checkpoint_fingerprint, stand_in
 from trainer.validation import evaluate
@@ -163,9 +164,10 @@ class CachedTeacher:
             self.wer = None
 
 
-def open_source(recipe: Recipe, engine: Engine) -> OnlineTeacher | CachedTeacher | None:
+def open_source(recipe: Recipe, engine: Engine, *, went_on: Path | None = None) -> OnlineTeacher | CachedTeacher | None:
     """Open the teacher that the recipe names, if it does; every rank reads it, and a problem of one is raised on all.
 
+    `went_on`: the run directory whose checkpoint this attempt goes on from.
     Raises `InputError` if the run directory's record names another teacher, or a teacher where the recipe has none.
     """
     distillation, record = recipe.distillation, Path(recipe.run.output_dir) / RECORD
@@ -181,8 +183,10 @@ def open_source(recipe: Recipe, engine: Engine) -> OnlineTeacher | CachedTeacher
         return found
 
     source = engine.together(open_it)
+    # What the run learnt from before stands beside the checkpoint that it goes on from, here or in another folder.
+    places = [record, *([went_on / RECORD] if went_on is not None else [])] if recipe.run.resume else []
     known: dict[str, Any] | None = engine.on_main(
-        lambda: json.loads(record.read_text(encoding="utf-8")) if recipe.run.resume and record.exists() else None
+        lambda: next((json.loads(place.read_text(encoding="utf-8")) for place in places if place.exists()), None)
     )
     fingerprints = engine.gather_objects(source.fingerprint if source is not None else "")
     if len(set(fingerprints)) > 1:
@@ -250,7 +254,15 @@ def evaluation_loader(
 def measure_wer(engine: Engine, loader: EvaluationLoader, protocol: Any) -> float | None:
     """Return the WER of an engine's model on a split, in percent, None without reference words; all ranks must ask."""
     longest = int(slot_frames(loader.num_frames, loader.total_stride).max())
-    wer = evaluate(engine, loader, budget=_CLIPS_PER_CELL * longest, protocol=protocol).counts.wer
+    try:
+        wer = evaluate(engine, loader, budget=_CLIPS_PER_CELL * longest, protocol=protocol).counts.wer
+    except BrokenPassError as error:
+        failure = TrainingFailedError(
+            f"the teacher ran out of memory on {error}; extract its soft targets where there is more (signscale "
+            "extract), and use --soft_targets"
+        )
+        failure.local = True
+        raise failure from None
     return wer if math.isfinite(wer) else None
 
 

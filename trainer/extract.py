@@ -83,7 +83,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             todo = engine.on_main(lambda: [number for number in range(count) if shards.find(number) is None])
             if len(todo) < count:
                 progress.say(f"{output}: {count - len(todo)} of {count} shards are there already; going on")
-            engine.together(lambda: _extract(engine, shards, checkpoint, clips, todo, options, progress))
+            try:
+                _extract(engine, shards, checkpoint, clips, todo, options, progress)
+            except InputError as error:
+                # This rank speaks: to be heard together it would have to wait until all others have done their share.
+                error.local = True
+                raise
             wer = _teacher_wer(engine, corpus, checkpoint, options, progress)
             facts = {"checkpoint": str(folder), "teacher_wer": wer, "protocol": checkpoint.recipe.run.protocol}
             engine.on_main(lambda: shards.publish(count, checkpoint.vocabulary, facts))

@@ -423,7 +423,8 @@ def _video_problems(recipe: Recipe) -> list[str]:
         problems.append("pretrained and init_from: a run starts from one set of weights; drop one of them")
     if model.pretrained and model.width != 1.0:
         problems.append(f"pretrained: the ImageNet weights are of width 1.0, not {model.width}; set width to 1.0")
-    if model.norm == "frozen" and not (model.pretrained or run.init_from or run.resume not in ("", "auto")):
+    # Whether --resume auto finds a checkpoint shows later.
+    if model.norm == "frozen" and not (model.pretrained or run.init_from or run.resume):
         problems.append(
             "norm: frozen statistics come with loaded weights; add --pretrained true or --init_from FILE, or use "
             "--norm group"

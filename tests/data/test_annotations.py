@@ -52,6 +52,13 @@ def test_spellings_in_circulation_are_read(tmp_path: Path, content: str, folder:
     assert (annotation.folder, annotation.signer, annotation.line) == (folder, signer, 2)
 
 
+def test_frames_written_as_whole_floats_are_frames_and_a_gap_is_none(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.csv", "id,glosses,num_frames\na,X,120.0\nb,X,\nc,X,7\n")
+    assert [annotation.num_frames for annotation in read_annotation_file(path)] == [120, None, 7]
+    path = write(tmp_path / "bad.csv", "id,glosses,num_frames\na,X,7.5\n")
+    assert "expected the number of frames in column `num_frames`, found '7.5'" in problems_of(path)[0]
+
+
 def test_byte_order_mark_windows_line_ends_blank_lines_and_umlauts_are_read(tmp_path: Path) -> None:
     path = write(tmp_path / "dev.csv", b"\xef\xbb\xbfid,glosses\r\n\r\na,\xc3\x9cBER\r\ntrain/b,REGEN\r\n\r\n")
     annotations = read_annotation_file(path)

@@ -117,6 +117,16 @@ def test_features_are_told_from_video(tmp_path: Path, corpus: Path) -> None:
     assert not is_video_corpus(tmp_path, str(tmp_path), "train")
 
 
+def test_where_features_lie_beside_their_frames_the_model_chooses(tmp_path: Path) -> None:
+    annotate(tmp_path, ["a|a|Signer01|X"])
+    write_frames(tmp_path / "features" / "fullFrame-210x260px" / "train" / "a", make_frames(FRAMES))
+    (tmp_path / "train").mkdir()
+    np.savez(tmp_path / "train" / "a.npz", features=np.zeros((6, 3), np.float32))
+    for video in (True, False):
+        split = OpenCorpus(CorpusRecipe(data_dir=str(tmp_path)), print, video=video).split("train")
+        assert split.is_video is video
+
+
 def test_a_model_of_the_other_kind_is_refused(tmp_path: Path, corpus: Path) -> None:
     annotate(tmp_path, ["a|a|Signer01|X"])
     write_frames(tmp_path / "train" / "a", make_frames(FRAMES))

@@ -177,6 +177,16 @@ def test_a_student_resumes_with_the_teacher_it_began_with_and_with_no_other(
         refused = train(1, corpus, tmp_path / "run", *STUDENT, *flags, "--resume", "auto", check=False)
         assert refused.returncode == 2
         assert why in refused.stderr
+    # Nor from its checkpoint in another folder; and a run without a teacher gets none in mid-course.
+    elsewhere = ["--resume", str(tmp_path / "run"), "--teacher", str(other)]
+    refused = train(1, corpus, tmp_path / "elsewhere", *STUDENT, *elsewhere, check=False)
+    assert refused.returncode == 2
+    assert "is another one" in refused.stderr
+    assert not (tmp_path / "elsewhere").exists()
+    train(1, corpus, tmp_path / "alone", *STUDENT, "--stop_after_steps", "1")
+    refused = train(1, corpus, tmp_path / "alone", *STUDENT, "--resume", "auto", *source, check=False)
+    assert refused.returncode == 2
+    assert "the run has no teacher, but one is named now" in refused.stderr
     train(1, corpus, tmp_path / "run", *STUDENT, "--soft_targets", str(cache), "--resume", "auto")
     np.testing.assert_allclose(
         column(tmp_path / "run", "train/loss"), column(tmp_path / "whole", "train/loss"), rtol=1e-5

@@ -114,13 +114,15 @@ def read_annotation_file(path: Path, *, allow_empty: bool = False) -> list[Annot
             continue
         values = {role: fields[index].strip() for role, index in roles.items()}
         frames = values.get("num_frames", "")
+        # A table with a gap in this column is often written with 120.0 for 120.
+        whole = re.fullmatch(r"(\d+)(\.0*)?", frames)
         annotation = Annotation(
             id=values["id"],
             folder=values.get("folder", ""),
             signer=values.get("signer", ""),
             glosses=tuple(values["glosses"].split()),
             line=number,
-            num_frames=int(frames) if frames.isdecimal() else None,
+            num_frames=int(whole[1]) if whole else None,
         )
         first = annotations.setdefault(annotation.id, annotation)
         if problem := _refuse_id(annotation.id):
@@ -130,7 +132,7 @@ def read_annotation_file(path: Path, *, allow_empty: bool = False) -> list[Annot
                 f"{where}: duplicate id {annotation.id}, first found on line {first.line}; every clip needs "
                 f"an id of its own: remove or rename line {first.line} or line {number}"
             )
-        if frames and not frames.isdecimal():
+        if frames and not whole:
             problems.append(
                 f"{where}: expected the number of frames in column `{columns[roles['num_frames']]}`, found {frames!r}; "
                 "correct it, or leave it empty"

@@ -59,7 +59,7 @@ class OpenCorpus:
                 )
             return split
         recipe, folder, annotations = self._recipe, Path(self._recipe.data_dir), annotations_of(self._recipe)
-        is_video = is_video_corpus(folder, annotations, name)
+        is_video = is_video_corpus(folder, annotations, name, wanted=self._video)
         self._check_kind(is_video=is_video)
         if is_video:
             # Whatever their size, frames are brought to the recipe's.

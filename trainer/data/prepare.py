@@ -93,7 +93,9 @@ def prepare_corpus(
     unread = stored is None and any(ranks.gather_objects(checked != files_hash))
     if unread or normalization is None:
         # Over all frames of all training clips, so that neither is a property of what is left out.
-        moments, problems = scan_in_shares(train if recipe.overfit_clips else whole, ranks, recipe.num_workers)
+        # Frames have no moments: a damaged video that --skip_clips names is not read.
+        scanned = train if recipe.overfit_clips or train.is_video else whole
+        moments, problems = scan_in_shares(scanned, ranks, recipe.num_workers)
         if dev is not train and unread:
             problems += scan_in_shares(dev, ranks, recipe.num_workers)[1]
         if problems:

@@ -84,11 +84,12 @@ def count_activations(recipe: Recipe, *, feature_dim: int, num_classes: int, che
     return Counted(size=measure_size(model), passes=fit(loads, peaks), saved_per_slot=saved)
 
 
-def read_ahead(feature_dim: int, *, num_workers: int, on_cuda: bool) -> float:
+def read_ahead(feature_dim: int, *, num_workers: int, on_cuda: bool, itemsize: int = 4) -> float:
     """Return the bytes per slot of the cells that the loader holds beside the one in use, the update included.
 
     On a CPU every buffer of `CellLoader` but one; on a GPU the next cell as it is computed on, and the one after it
-    while it is transformed from what is stored: float32, since a table of lengths does not say.
+    while it is transformed from what is stored: float32, since a table of lengths does not say. `itemsize`: bytes
+    of a value, 1 for frames.
     """
     cells = 3 if on_cuda else max(2, 2 * num_workers + 1)
-    return 4.0 * feature_dim * cells
+    return float(itemsize) * feature_dim * cells

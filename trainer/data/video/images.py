@@ -16,6 +16,9 @@ from PIL import Image, UnidentifiedImageError
 from trainer.data.video.view import View
 from trainer.errors import InputError
 
+# For the whole process: to do it around each reading would not be safe in threads. Larger images still are errors.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
 Pixels = npt.NDArray[np.uint8]
 Size = tuple[int, int]
 
@@ -132,9 +135,7 @@ def _check_image(path: Path) -> Size:
 def _open(path: Path, *, load: bool = True) -> Image.Image:
     # Read at once: Pillow's many small reads each wait for a network's file system.
     source = io.BytesIO(path.read_bytes()) if load else path
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        image = Image.open(source, formats=("PNG", "JPEG"))
+    image = Image.open(source, formats=("PNG", "JPEG"))
     if image.mode != "RGB":
         image.close()
         raise InputError(f"{path}: expected RGB, found {_mode(image.mode)}; {_MEND_COLORS}")

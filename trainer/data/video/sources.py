@@ -20,17 +20,21 @@ _PROBED = 20
 """Annotations that are looked for to tell what a corpus is made of."""
 
 
-def is_video_corpus(data_dir: Path, annotations: str, split: str) -> bool:
-    """Tell a corpus of frames or video files from one of feature files, by where its annotated clips are found."""
-    if full_frames(data_dir):
-        return True
+def is_video_corpus(data_dir: Path, annotations: str, split: str, *, wanted: bool | None = None) -> bool:
+    """Tell a corpus of frames or video files from one of feature files, by where its annotated clips are found.
+
+    A folder may hold both, features beside the frames they were extracted from: then it is what the model takes, if
+    that is `wanted` frames, and else features.
+    """
     try:
         lines = read_annotation_file(find_annotation_file(annotations, split))[:_PROBED]
     except InputError:
         # Told again, in full, by whoever reads the split; the files alone must say what it is.
         lines = []
-    if any(path.is_file() for line in lines for path in feature_paths(data_dir, split, line.id)):
+    if not wanted and any(path.is_file() for line in lines for path in feature_paths(data_dir, split, line.id)):
         return False
+    if full_frames(data_dir):
+        return True
     finder = SourceFinder(data_dir, split, frame_size=0)
     return any(finder.find(line) for line in lines) or _holds_frames(data_dir / split)
 
