@@ -487,14 +487,26 @@ _PICKLERS = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "ma
 
 @pytest.mark.parametrize("path", sorted(Path(trainer.__file__).parent.rglob("*.py")), ids=lambda path: path.stem)
 def test_nothing_that_is_read_can_run_code(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    """Published weights come as .pt files: of those tensors alone are read, which torch.load does when told so."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    of_tensors_alone = {
+        id(node.func)
+        for node in nodes
+        if isinstance(node, ast.Call)
+        and any(k.arg == "weights_only" and getattr(k.value, "value", None) is True for k in node.keywords)
+    }
+    for node in nodes:
         if isinstance(node, ast.Import):
             assert not _PICKLERS & {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert (node.module or "").split(".")[0] not in _PICKLERS
+            names = {alias.name for alias in node.names}
+            assert (node.module or "").split(".")[0] not in _PICKLERS or names == {"UnpicklingError"}
             if node.module == "torch":
-                assert not {"load", "save"} & {alias.name for alias in node.names}
+                assert not {"load", "save"} & names
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            assert (node.value.id, node.attr) not in {("torch", "load"), ("torch", "save"), ("yaml", "load")}
+            called = (node.value.id, node.attr)
+            assert called not in {("torch", "load"), ("torch", "save"), ("yaml", "load")} or (
+                called == ("torch", "load") and id(node) in of_tensors_alone
+            )
         elif isinstance(node, ast.keyword):
             assert node.arg != "allow_pickle" or (isinstance(node.value, ast.Constant) and node.value.value is False)

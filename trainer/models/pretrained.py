@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     try:
         found: Any = load_file(path) if path.suffix == ".safetensors" else _load(path)
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError, UnpicklingError) as error:
         reason = str(error).partition("\n")[0][:200]
         raise InputError(
             f"{path}: expected a state dict (.safetensors, or .pt as torch.save writes it), cannot read it "

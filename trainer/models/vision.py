@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import pickle
 import sys
+from pickle import UnpicklingError
 from types import ModuleType
 from typing import Any
 from urllib.error import URLError
@@ -66,7 +66,7 @@ def fetch_imagenet_weights(architecture: str) -> dict[str, Tensor]:
     weights = getattr(import_models(), _WEIGHTS[architecture]).DEFAULT
     try:
         found: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except (URLError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (URLError, OSError, RuntimeError, EOFError, UnpicklingError) as error:
         raise InputError(
             f"pretrained: the ImageNet weights of {architecture} cannot be fetched ({error}); fetch {weights.url} on a "
             "machine that is online, and give the file by --init_from FILE instead of --pretrained"
