@@ -135,6 +135,7 @@ def make_run(recipe: Recipe, *, num_clips: int, world_size: int) -> TrainingRun:
         progress=cast(Any, SimpleNamespace(say=lambda text: None)),
         stop=nothing,
         relief=nothing,
+        distillation=nothing,
     )
 
 

@@ -56,7 +56,9 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize(("stride", "labels"), [("4", "teacher"), ("1", "annotations")])
+@pytest.mark.parametrize(
+    ("stride", "labels"), [("4", "teacher"), pytest.param("1", "annotations", marks=pytest.mark.slow)]
+)
 def test_a_teacher_and_its_soft_targets_give_the_same_loss_on_one_rank_and_on_two(
     corpus: Path, tmp_path: Path, teacher: Path, cache: Path, stride: str, labels: str
 ) -> None:
@@ -94,6 +96,7 @@ def test_a_teacher_sees_the_clip_as_it_was_augmented_and_mixed_on_any_number_of_
     np.testing.assert_allclose(column(tmp_path / "2", "train/loss"), column(tmp_path / "1", "train/loss"), rtol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["zero3", "fsdp2"])
 def test_a_teacher_stays_whole_beside_a_student_in_parts(
     corpus: Path, tmp_path: Path, teacher: Path, backend: str

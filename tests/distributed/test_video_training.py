@@ -52,6 +52,7 @@ def test_two_ranks_follow_the_curve_of_one(videos: Path, single: Path, tmp_path:
     assert column(tmp_path / "run", "val/wer") == column(single, "val/wer")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_in_the_same_weights(videos: Path, single: Path, tmp_path: Path) -> None:
     budget = ["--max_frames_per_microbatch", "100000", "--norm", "group"]
     train(1, videos, tmp_path / "run", *budget, "--stop_after_steps", "2")
