@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import InputError, exit_on_input_error
-from trainer.options import OptionParser
+from trainer.options import OptionParser, positive_count, positive_number
 from trainer.recipe import VIDEO_MODELS, Recipe, combination_problems
 
 # What needs torch is imported once the command line is known to be right.
@@ -162,8 +162,8 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Recipe]:
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, metavar="RUN", help="run directory (its best checkpoint), or checkpoint")
-    add("--feature_dim", type=_count, metavar="D", help="without a corpus: features per frame")
-    add("--vocabulary", type=_count, metavar="V", help="without a corpus: glosses")
+    add("--feature_dim", type=positive_count, metavar="D", help="without a corpus: features per frame")
+    add("--vocabulary", type=positive_count, metavar="V", help="without a corpus: glosses")
     add_measuring_options(parser)
     add("--json", action="store_true", help="print JSON in place of the table")
     # Imported here: it takes half a second that no other command needs.
@@ -199,30 +199,19 @@ def _source_problems(options: argparse.Namespace, rest: Sequence[str], recipe: R
 def add_measuring_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say what clip models are measured on."""
     add = parser.add_argument
-    add("--fps", type=_size, default=25.0, help="frames per second of the video (default: 25)")
-    add("--seconds", type=_size, default=SECONDS, help=f"length of the clip to measure on (default: {SECONDS:g})")
+    add("--fps", type=positive_number, default=25.0, help="frames per second of the video (default: 25)")
+    add(
+        "--seconds",
+        type=positive_number,
+        default=SECONDS,
+        help=f"length of the clip to measure on (default: {SECONDS:g})",
+    )
     add(
         "--measure",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="time passes on this machine's CPU; takes seconds (default on)",
     )
-
-
-def _count(text: str) -> int:
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
-    return int(text)
-
-
-def _size(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
-    return value
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import numpy as np
 from launch.lengths import Lengths, read_length_table, read_lengths
 from launch.plan import make_plan
 from trainer.errors import InputError, exit_on_input_error
-from trainer.options import OptionParser
+from trainer.options import OptionParser, positive_count, positive_number
 from trainer.recipe import VIDEO_MODELS, Recipe, combination_problems
 
 # What needs torch is imported once the command line is known to be right.
@@ -322,10 +322,15 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Recipe]:
         default="cuda",
         help="what the ranks compute on (default cuda); a CPU's kernels and gloo take other buffers than a GPU's",
     )
-    add("--device_gb", type=_size, metavar="G", help="memory of each device, in 10^9 bytes: then says what fits")
+    add(
+        "--device_gb",
+        type=positive_number,
+        metavar="G",
+        help="memory of each device, in 10^9 bytes: then says what fits",
+    )
     add("--lengths", type=Path, metavar="CSV", help="columns split,num_frames[,num_glosses], in place of a corpus")
-    add("--feature_dim", type=_positive, metavar="D", help="with --lengths: features per frame")
-    add("--vocabulary", type=_positive, metavar="V", help="with --lengths: glosses")
+    add("--feature_dim", type=positive_count, metavar="D", help="with --lengths: features per frame")
+    add("--vocabulary", type=positive_count, metavar="V", help="with --lengths: glosses")
     add(
         "--measure",
         action=argparse.BooleanOptionalAction,
@@ -352,23 +357,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Recipe]:
 
 
 def _world_sizes(text: str) -> list[int]:
-    return [_positive(part) for part in text.split(",")]
-
-
-def _positive(text: str) -> int:
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
-    return int(text)
-
-
-def _size(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
-    return value
+    return [positive_count(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import numpy as np
 
 from launch.lengths import Lengths, read_length_table, read_lengths
 from trainer.errors import InputError, exit_on_input_error
-from trainer.options import OptionParser
+from trainer.options import OptionParser, positive_count, positive_number
 from trainer.recipe import Recipe, combination_problems
 
 # What needs torch is imported once the command line is known to be right.
@@ -237,12 +237,12 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Recipe]:
     )
     add = parser.add_argument
     add("--world_size", type=_world_sizes, required=True, metavar="W,W,…", help="numbers of ranks, as in 8,64,512")
-    add("--clips_per_rank", type=_positive, metavar="N", help="global batch of N clips times the world size")
-    add("--epochs_measured", type=_positive, default=1, metavar="E", help="epochs the means run over (default 1)")
-    add("--fabric_gbit", type=_bandwidth, metavar="G", help="bandwidth of each rank for the all-reduce, in Gbit/s")
+    add("--clips_per_rank", type=positive_count, metavar="N", help="global batch of N clips times the world size")
+    add("--epochs_measured", type=positive_count, default=1, metavar="E", help="epochs the means run over (default 1)")
+    add("--fabric_gbit", type=positive_number, metavar="G", help="bandwidth of each rank for the all-reduce, in Gbit/s")
     add("--lengths", type=Path, metavar="CSV", help="columns split,num_frames[,num_glosses], in place of a corpus")
-    add("--feature_dim", type=_positive, metavar="D", help="with --lengths: features per frame")
-    add("--vocabulary", type=_positive, metavar="V", help="with --lengths: glosses")
+    add("--feature_dim", type=positive_count, metavar="D", help="with --lengths: features per frame")
+    add("--vocabulary", type=positive_count, metavar="V", help="with --lengths: glosses")
     add("--json", action="store_true", help="print JSON in place of the table")
     # Imported here: it takes half a second that no other command needs.
     from trainer.parsing import parse_recipe
@@ -263,23 +263,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Recipe]:
 
 
 def _world_sizes(text: str) -> list[int]:
-    return [_positive(part) for part in text.split(",")]
-
-
-def _positive(text: str) -> int:
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
-    return int(text)
-
-
-def _bandwidth(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
-    return value
+    return [positive_count(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

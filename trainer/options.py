@@ -47,3 +47,21 @@ class OptionParser(argparse.ArgumentParser):
                 problems.append(f"{self.prog}: unknown option {flag}; {hint}")
         if problems:
             raise InputError(problems)
+
+
+def positive_count(text: str) -> int:
+    """Read a whole number of at least 1, for argparse's `type`."""
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
+    return int(text)
+
+
+def positive_number(text: str) -> float:
+    """Read a finite number above 0, for argparse's `type`."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text!r}")
+    return value
