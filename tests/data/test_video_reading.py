@@ -136,6 +136,14 @@ def test_a_model_of_the_other_kind_is_refused(tmp_path: Path, corpus: Path) -> N
         OpenCorpus(CorpusRecipe(data_dir=str(corpus)), print, video=True).split("train")
 
 
+def test_a_folder_without_annotations_is_not_taken_for_features(tmp_path: Path) -> None:
+    write_frames(tmp_path / "frames" / "a", make_frames(FRAMES))
+    with pytest.raises(InputError) as refused:
+        OpenCorpus(CorpusRecipe(data_dir=str(tmp_path)), print, video=True).split("train")
+    assert "holds features" not in str(refused.value)
+    assert "train" in str(refused.value)
+
+
 def test_packing_refuses_video(tmp_path: Path) -> None:
     annotate(tmp_path / "videos", ["a|a|Signer01|X"])
     write_frames(tmp_path / "videos" / "train" / "a", make_frames(FRAMES))

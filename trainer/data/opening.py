@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from trainer.data.annotations import find_annotation_file
 from trainer.data.corpus import feature_dim, read_split
 from trainer.data.features import Moments
 from trainer.data.shards.format import MANIFEST
@@ -60,6 +61,9 @@ class OpenCorpus:
             return split
         recipe, folder, annotations = self._recipe, Path(self._recipe.data_dir), annotations_of(self._recipe)
         is_video = is_video_corpus(folder, annotations, name, wanted=self._video)
+        if self._video and not is_video:
+            # Without annotations nothing was looked for: say that, and not what the folder seems to hold.
+            find_annotation_file(annotations, name)
         self._check_kind(is_video=is_video)
         if is_video:
             # Whatever their size, frames are brought to the recipe's.
