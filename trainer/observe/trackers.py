@@ -75,14 +75,14 @@ class Wandb:
         if not name.exists():
             # Kept with the run, so that a resumed run continues the same record.
             write_text(name, uuid.uuid4().hex[:8])
-        mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
         self.run = wandb.init(
             project=project,
             id=name.read_text(),
             resume="allow",
             dir=str(run_dir),
             config=dict(recipe),
-            mode=mode,  # type: ignore[arg-type]
+            mode=mode,
             settings=wandb.Settings(silent=True),
         )
 
