@@ -10,6 +10,7 @@ from trainer.errors import EXIT_INPUT_ERROR, InputError, exit_on_input_error
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("trainer.train", "train a model by a recipe, on this process alone"),
+    "launch": ("launch.launch", "start a command: to debug it, on this machine's devices, or on a cluster"),
     "extract": ("trainer.extract", "extract a teacher's soft targets, which students learn from"),
     "evaluate": ("trainer.evaluate", "evaluate a run or a checkpoint on a split"),
     "export": ("launch.export", "export a trained model as one file that needs no run"),
