@@ -6,7 +6,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from trainer.errors import EXIT_INPUT_ERROR, InputError, exit_on_input_error
+from trainer.errors import InputError
+from trainer.exits import EXIT_INPUT_ERROR, exit_on_input_error
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("trainer.train", "train a model by a recipe, on this process alone"),
@@ -50,7 +51,9 @@ def run(argv: Sequence[str]) -> int:
         parse_recipe(argv[1:])
     if argv[0] not in COMMANDS:
         raise InputError(f"unknown command {argv[0]!r}; expected one of {', '.join(COMMANDS)}")
-    return int(importlib.import_module(COMMANDS[argv[0]][0]).main(list(argv[1:])) or 0)
+    code: int | None = importlib.import_module(COMMANDS[argv[0]][0]).main(list(argv[1:]))
+    # As it is: an exit code may say more than its number (`trainer.exits.Outcome`).
+    return 0 if code is None else code
 
 
 def main() -> None:

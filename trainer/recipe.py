@@ -217,6 +217,8 @@ class RunRecipe:
     """Compile the model's blocks (torch.compile, one graph each for cells of any size); needs a C++ compiler."""
     deterministic: bool = False
     """Bit-identical repetition on a GPU too, at some cost (on the CPU it is always so)."""
+    detect_anomaly: bool = False
+    """Stop at the first operation whose gradient is not a number, and name it (several times slower; for debugging)."""
     log_every: PositiveInt = 50
     """Steps between two lines of metrics."""
     evaluate_every: NonNegativeInt = 0
@@ -310,6 +312,7 @@ FREE_ON_RESUME = frozenset(
         "max_frames_per_microbatch",
         "activation_checkpointing",
         "compile",
+        "detect_anomaly",
         "stop_after_steps",
         "log_every",
         "save_every",
