@@ -1,6 +1,9 @@
 # Everything a newcomer needs: `make demo` trains, resumes, distils and evaluates; `make test` runs the tests.
 PYTHON ?= python3.11
 BIN := .venv/bin
+# A test waits more than it computes (processes start, ranks meet): three at once keep two cores busy.
+TEST_PROCESSES ?= 3
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 LAUNCH := OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file accelerate_configs/multi_cpu.yaml
 
 .PHONY: setup demo test test-slow check format clean
@@ -28,10 +31,10 @@ demo: setup
 	$(BIN)/signscale compare demo/run demo/student
 
 test: setup
-	$(BIN)/python -m pytest
+	$(TEST)
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(TEST) -m slow
 
 check: setup
 	$(BIN)/ruff check .
