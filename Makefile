@@ -6,6 +6,8 @@ TEST_PROCESSES ?= 3
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 LAUNCH := OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file accelerate_configs/multi_cpu.yaml
 
+SHELL_FILES := .ci/run tests/cluster/mini_slurm.sh
+
 .PHONY: setup demo test test-slow check format clean
 
 setup: .venv/.installed
@@ -40,6 +42,9 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@if command -v shellcheck >/dev/null || [ "$$CLUSTER_TESTS" = required ]; then \
+	  echo shellcheck $(SHELL_FILES); shellcheck $(SHELL_FILES); \
+	else echo "no shellcheck here: shell files unchecked"; fi
 
 format: setup
 	$(BIN)/ruff check --fix .
