@@ -32,8 +32,8 @@ Train continuous sign-language recognition: a sentence of signs in, a sequence o
 commands:
 {commands}
 
-`signscale COMMAND --help` lists the options of a command. On several ranks, train and evaluate run through
-  accelerate launch --config_file accelerate_configs/multi_gpu.yaml -m trainer.train [options]
+`signscale COMMAND --help` lists the options of a command. Several ranks, here or on a cluster, are started by
+  signscale launch local|slurm [options] -- train [options]
 """
 
 

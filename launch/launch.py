@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from launch.jobs.options import LaunchOptions, make_parser, parse_options
 from launch.jobs.plan import WAYS, Plan, Way
 from launch.prepare import describe, missing_paths, prepare, write
-from trainer.errors import EXIT_INPUT_ERROR, InputError, exit_on_input_error
+from trainer.errors import InputError
+from trainer.exits import EXIT_INPUT_ERROR, exit_on_input_error
 
 _USAGE = """usage: signscale launch WAY [options] -- COMMAND [its options]
 
@@ -51,10 +52,12 @@ def launch(plan: Plan, options: LaunchOptions) -> int:
     if plan.way == "slurm":
         return _submit(plan)
     if plan.way == "local":
-        from launch.local import run
-    else:
-        from launch.debug import run
-    return run(write(plan))
+        from launch import local
+
+        return local.run(write(plan))
+    from launch import debug
+
+    return debug.run(plan, options.debug)
 
 
 def _submit(plan: Plan) -> int:

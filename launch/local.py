@@ -19,7 +19,8 @@ from launch.jobs.plan import Plan
 from launch.jobs.ranks import SIGNALS
 from launch.jobs.snapshot import ROOT
 from launch.jobs.terminal import Terminal
-from trainer.errors import EXIT_INPUT_ERROR, InputError
+from trainer.errors import InputError
+from trainer.exits import EXIT_INPUT_ERROR
 from trainer.job.directory import ATTEMPT, JOB, TOKEN, AttemptRecord, JobDirectory
 
 _REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -33,7 +34,9 @@ def choose_devices(options: LocalOptions, named: str) -> tuple[int, bool, str]:
     gpus = 0 if options.cpu else count_gpus()
     ranks = options.processes or max(1, gpus)
     if gpus and ranks > gpus:
-        raise InputError(f"--processes {ranks}: there are {gpus} GPUs, and a rank needs one; ask for fewer, or add --cpu")
+        raise InputError(
+            f"--processes {ranks}: there are {gpus} GPUs, and a rank needs one; ask for fewer, or add --cpu"
+        )
     if named:
         name = named
     elif gpus:
@@ -196,4 +199,3 @@ def _kill(process: int) -> None:
         os.kill(process, signal.SIGKILL)
     except ProcessLookupError:
         return
-

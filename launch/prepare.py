@@ -13,7 +13,7 @@ from typing import Any
 
 from launch.jobs.live import check_not_live
 from launch.jobs.options import LaunchOptions
-from launch.jobs.place import Command, make_absolute, understand
+from launch.jobs.place import make_absolute, understand
 from launch.jobs.plan import MULTI_NODE, Plan, Task, Way
 from launch.jobs.snapshot import ROOT, describe_code, list_files, take_snapshot
 from launch.slurm.options import has_control_characters
@@ -24,9 +24,7 @@ RECIPE = "recipe.yaml"
 """In RUN/job: the recipe as it was resolved at the launch, which is what the ranks read."""
 
 
-def prepare(
-    way: Way, options: LaunchOptions, command: Sequence[str], *, tasks: Sequence[Task] | None = None
-) -> Plan:
+def prepare(way: Way, options: LaunchOptions, command: Sequence[str], *, tasks: Sequence[Task] | None = None) -> Plan:
     """Resolve everything and check it; nothing is written.
 
     `tasks` makes it a job array. Raises `InputError` with what is wrong in the command, the options, the run's folder or
@@ -75,6 +73,7 @@ def write(plan: Plan) -> Plan:
     _check_folder(plan.run)
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
+        job.cancellation.unlink(missing_ok=True)
         if plan.recipe is not None:
             from trainer.parsing import dump_recipe
             from trainer.recipe import Recipe
@@ -96,7 +95,9 @@ def write(plan: Plan) -> Plan:
 
 def describe(plan: Plan, options: LaunchOptions) -> str:
     """Lay the plan out as one table."""
-    ranks = f"{plan.world_size} rank(s): {plan.nodes} node(s) x {plan.ranks_per_node}, {plan.cpus_per_rank} core(s) each"
+    ranks = (
+        f"{plan.world_size} rank(s): {plan.nodes} node(s) x {plan.ranks_per_node}, {plan.cpus_per_rank} core(s) each"
+    )
     code = "no git repository" if plan.code.commit is None else plan.code.commit[:12]
     rows = [
         ("way", plan.way),
@@ -118,7 +119,9 @@ def describe(plan: Plan, options: LaunchOptions) -> str:
     if plan.slurm is not None:
         rows.append(("profile", options.profile or "none"))
         rows += [(key, _show(value)) for key, value in plan.slurm.items() if value not in ("", (), [], 0, False)]
-        rows.append(("given up after", f"{plan.max_attempts_without_progress} attempts in a row without a new step saved"))
+        rows.append(
+            ("given up after", f"{plan.max_attempts_without_progress} attempts in a row without a new step saved")
+        )
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
 
@@ -144,7 +147,9 @@ def _resolve(plan: Plan, options: LaunchOptions) -> Plan:
 def _resolve_slurm(plan: Plan, options: LaunchOptions) -> Plan:
     slurm = options.slurm
     if slurm.array and plan.tasks is None:
-        raise InputError("--array: the jobs of an array would write into one run; use --sweep, which gives each its own")
+        raise InputError(
+            "--array: the jobs of an array would write into one run; use --sweep, which gives each its own"
+        )
     config = MULTI_NODE
     if options.common.accelerate_config:
         # A name or path of this machine; the copy of the code has it too where it is part of the code.
@@ -211,5 +216,3 @@ def _check_folder(run: Path) -> None:
 
 def _cores(ranks: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // ranks)
-
-

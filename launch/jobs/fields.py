@@ -42,4 +42,6 @@ def add_flags(parser: argparse.ArgumentParser, kind: type[Any], title: str) -> N
             group.add_argument(f"--{field.name}", choices=choices, **settings)
         else:
             convert = type(field.default)
-            group.add_argument(f"--{field.name}", type=convert, metavar="N" if convert is not str else "TEXT", **settings)
+            group.add_argument(
+                f"--{field.name}", type=convert, metavar="N" if convert is not str else "TEXT", **settings
+            )

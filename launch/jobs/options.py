@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from launch.jobs.fields import add_flags
@@ -57,10 +57,10 @@ class DebugOptions:
 class LaunchOptions:
     """All that was said before `--`."""
 
-    common: CommonOptions = CommonOptions()
-    local: LocalOptions = LocalOptions()
-    debug: DebugOptions = DebugOptions()
-    slurm: SlurmOptions = SlurmOptions()
+    common: CommonOptions = field(default_factory=CommonOptions)
+    local: LocalOptions = field(default_factory=LocalOptions)
+    debug: DebugOptions = field(default_factory=DebugOptions)
+    slurm: SlurmOptions = field(default_factory=SlurmOptions)
     profile: str | None = None
     """File that the batch job's options were completed from."""
     dry_run: bool = False
@@ -94,7 +94,7 @@ def parse_options(way: Way, argv: Sequence[str]) -> LaunchOptions:
     given = vars(make_parser(way).parse([_with_underscores(word) for word in argv]))
 
     def pick(kind: type[Any]) -> dict[str, Any]:
-        return {field.name: given[field.name] for field in dataclasses.fields(kind) if field.name in given}
+        return {one.name: given[one.name] for one in dataclasses.fields(kind) if one.name in given}
 
     common = CommonOptions(**pick(CommonOptions))
     if min(common.max_attempts_without_progress, common.meeting_seconds) < 1:

@@ -9,7 +9,16 @@ from pathlib import Path
 
 from trainer.errors import InputError
 
-RECIPE_PATHS = ("data_dir", "annotations", "cache_dir", "cost_model", "teacher", "soft_targets", "output_dir", "init_from")
+RECIPE_PATHS = (
+    "data_dir",
+    "annotations",
+    "cache_dir",
+    "cost_model",
+    "teacher",
+    "soft_targets",
+    "output_dir",
+    "init_from",
+)
 """Fields of a recipe that are paths; `resume` is one unless it is `auto`."""
 
 _OPTION_PATHS = {

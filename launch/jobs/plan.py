@@ -117,7 +117,9 @@ class Plan:
                 arguments=tuple(content.pop("arguments")),
                 snapshot=Path(snapshot) if (snapshot := content.pop("snapshot")) else None,
                 code=Code(**content.pop("code")),
-                tasks=None if tasks is None else tuple(Task(run=Path(t["run"]), overrides=t["overrides"]) for t in tasks),
+                tasks=None
+                if tasks is None
+                else tuple(Task(run=Path(t["run"]), overrides=t["overrides"]) for t in tasks),
                 **content,
             )
         except OSError as error:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from trainer.errors import EXIT_INPUT_ERROR
+from trainer.exits import EXIT_INPUT_ERROR
 from trainer.job.directory import ATTEMPT, JOB, JobDirectory
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
@@ -38,9 +38,10 @@ def _leave_word(code: int) -> None:
     if job.last_word() is not None:
         return
     if code == 0:
-        job.leave_word("DONE", attempt=attempt, step=None, reason="finished")
+        job.leave_word("DONE", attempt=attempt, step=None, reason="finished", code=code)
     elif code == EXIT_INPUT_ERROR:
-        job.leave_word("FAILED", attempt=attempt, step=None, reason="a mistake in the input; the log's last lines say which")
+        reason = "a mistake in the input; the log's last lines say which"
+        job.leave_word("FAILED", attempt=attempt, step=None, reason=reason, code=code)
 
 
 def _run_by_accelerate(argv: Sequence[str]) -> int:
@@ -57,7 +58,9 @@ def _run_by_accelerate(argv: Sequence[str]) -> int:
         if EXIT_INPUT_ERROR in codes:
             return EXIT_INPUT_ERROR
         rank, first = error.get_first_failure()
-        print(f"signscale: rank {rank} ended first, {_name_end(first.exitcode)}; its own lines say why", file=sys.stderr)
+        print(
+            f"signscale: rank {rank} ended first, {_name_end(first.exitcode)}; its own lines say why", file=sys.stderr
+        )
         return 1
     except SignalException as error:
         print(f"signscale: {error.sigval.name} was passed on to the ranks, which have left", file=sys.stderr)

@@ -12,7 +12,8 @@ from launch.jobs.plan import Plan
 from launch.jobs.ranks import SIGNALS
 from launch.slurm.environment import attempt_name, task_number
 from launch.slurm.meeting import Meeting, meet
-from trainer.errors import InputError, exit_on_input_error
+from trainer.errors import InputError
+from trainer.exits import EXIT_INPUT_ERROR, exit_on_input_error
 from trainer.job.directory import ATTEMPT, END_TIME, JOB, TOKEN, JobDirectory
 
 _SECONDS_TO_SAVE = 3600
@@ -34,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         meeting = meet(job, attempt, node=node, nodes=nodes, seconds=plan.meeting_seconds)
     except InputError as error:
         if node == 0:
-            job.leave_word("FAILED", attempt=attempt, step=None, reason="; ".join(error.problems))
+            job.leave_word(
+                "FAILED", attempt=attempt, step=None, reason="; ".join(error.problems), code=EXIT_INPUT_ERROR
+            )
         raise
     command = launcher_command(plan, task=task, node=node, meeting=meeting, logs=job.logs / attempt / f"node-{node}")
     print(f"signscale: node {node} of {nodes}, {meeting.host}: {plan.ranks_per_node} rank(s)", flush=True)

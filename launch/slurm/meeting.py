@@ -49,7 +49,9 @@ def meet(job: JobDirectory, attempt: str, *, node: int, nodes: int, seconds: flo
     folder.mkdir(parents=True, exist_ok=True)
     hosts = list_hosts()
     if len(hosts) != nodes:
-        raise InputError(f"scontrol names {len(hosts)} nodes ({name_some(hosts)}), the job has {nodes}; look at its log")
+        raise InputError(
+            f"scontrol names {len(hosts)} nodes ({name_some(hosts)}), the job has {nodes}; look at its log"
+        )
     here = {"host": hosts[node], "versions": describe_versions()}
     write_json(folder / f"node-{node}.json", here)
     deadline = time.monotonic() + seconds
@@ -106,10 +108,14 @@ def _agree(folder: Path, attempt: str, hosts: list[str], deadline: float) -> dic
                 reports[node] = report
         unfit = [path.read_text(encoding="utf-8").strip() for path in folder.glob("unfit.*")]
         if unfit:
-            return {"refused": f"{name_some(unfit)}; check --interpreter, --venv or --conda, and that all nodes share it"}
+            return {
+                "refused": f"{name_some(unfit)}; check --interpreter, --venv or --conda, and that all nodes share it"
+            }
         if time.monotonic() > deadline:
             missing = name_some([hosts[node] for node in range(len(hosts)) if node not in reports])
-            return {"refused": f"{missing}: not there after waiting; does it see {folder.parent}? The job's log has its lines"}
+            return {
+                "refused": f"{missing}: not there after waiting; does it see {folder.parent}? The job's log has its lines"
+            }
         time.sleep(_POLL_SECONDS)
     if problems := compare_versions([reports[node] for node in range(len(hosts))]):
         return {"refused": "; ".join(problems)}
@@ -159,5 +165,3 @@ def _read(path: Path) -> dict[str, Any] | None:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-
-

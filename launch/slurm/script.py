@@ -51,7 +51,8 @@ def options_of(plan: Plan) -> SlurmOptions:
     """Return the options that a plan holds."""
     assert plan.slurm is not None
     lists = {field.name for field in dataclasses.fields(SlurmOptions) if isinstance(field.default, tuple)}
-    return SlurmOptions(**{key: tuple(value) if key in lists else value for key, value in plan.slurm.items()})
+    values: dict[str, Any] = {key: tuple(value) if key in lists else value for key, value in plan.slurm.items()}
+    return SlurmOptions(**values)
 
 
 def directives(plan: Plan, options: SlurmOptions) -> Iterator[tuple[str, str | None]]:

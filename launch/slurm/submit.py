@@ -13,7 +13,11 @@ from launch.slurm.environment import clean
 from trainer.errors import InputError
 from trainer.job.directory import JobDirectory
 
-_NO_CLUSTER = ("Could not establish a configuration source", "Unable to contact slurm controller", "DNS SRV lookup failed")
+_NO_CLUSTER = (
+    "Could not establish a configuration source",
+    "Unable to contact slurm controller",
+    "DNS SRV lookup failed",
+)
 _BLAME = (
     # What sbatch says, and the option it means.
     ("invalid partition", "--partition"),
@@ -25,7 +29,10 @@ _BLAME = (
     ("invalid gres", "--gpus_per_node: the nodes have no such GPUs"),
     ("node count specification invalid", "--nodes"),
     ("more processors requested than permitted", "--cpus_per_task x ranks, or --nodes"),
-    ("requested node configuration is not available", "--nodes, --gpus_per_node, --cpus_per_task, --mem or --constraint"),
+    (
+        "requested node configuration is not available",
+        "--nodes, --gpus_per_node, --cpus_per_task, --mem or --constraint",
+    ),
     ("memory specification can not be satisfied", "--mem"),
     ("invalid node name", "--nodelist or --exclude"),
     ("requested time limit is invalid", "--time"),
