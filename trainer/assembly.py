@@ -33,7 +33,7 @@ from trainer.signals import StopRequest
 
 def build_run(recipe: Recipe, engine: Engine, progress: Progress, stop: StopRequest) -> TrainingRun:
     """Check all input, then put the parts together; the run directory is written to only once all is right."""
-    recipe = _with_absolute_paths(recipe)
+    recipe = with_absolute_paths(recipe)
     run_dir = Path(recipe.run.output_dir)
     store = CheckpointStore(run_dir, keep=recipe.run.keep_checkpoints)
     existed = engine.on_main(lambda: claim(recipe))
@@ -126,7 +126,7 @@ def _check_same_objective(stored: Recipe, recipe: Recipe, where: str) -> None:
         )
 
 
-def _with_absolute_paths(recipe: Recipe) -> Recipe:
+def with_absolute_paths(recipe: Recipe) -> Recipe:
     """Let the stored recipe find the corpus and the teacher from any folder."""
     corpus = recipe.corpus
     annotations = str(Path(corpus.annotations).absolute()) if corpus.annotations else ""
