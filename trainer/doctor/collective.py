@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from trainer.doctor.finding import Finding, size
 
-_SIZES = (4 << 10, 1 << 20, 16 << 20, 64 << 20)
-_SIZES_ON_CUDA = (*_SIZES, 256 << 20)
+_SIZES = (4_000, 1_000_000, 16_000_000, 64_000_000)
+_SIZES_ON_CUDA = (*_SIZES, 256_000_000)
 _SECONDS = 0.4
 _MOST_TIMES = 20
 _TIMEOUT = timedelta(seconds=60)
@@ -64,7 +64,7 @@ def check_all_reduce(
         bad = sorted({nodes[rank] for rank in wrong})
         yield Finding(
             check=check,
-            value=f"wrong on {len(wrong)} of {len(found)} ranks: {at.wrong} values of {size(at.bytes)} on rank {wrong[0]}",
+            value=f"wrong on {len(wrong)} of {len(found)} ranks: {at.wrong} of {size(at.bytes)} on rank {wrong[0]}",
             verdict="FAIL",
             mend="do not train on these nodes: exclude them (--exclude), and try NCCL_P2P_DISABLE=1 to find the link",
             nodes=tuple(bad) if len(bad) < len(set(nodes)) else (),
@@ -73,7 +73,7 @@ def check_all_reduce(
     world_size = len(found)
     speeds = [2 * (world_size - 1) / world_size * one.bytes / one.seconds for one in found[0]]
     shown = ", ".join(
-        f"{size(one.bytes)} {1e3 * one.seconds:.3g} ms" + (f" ({size(speed)}/s)" if one.bytes > 1 << 19 else "")
+        f"{size(one.bytes)} {1e3 * one.seconds:.3g} ms" + (f" ({size(speed)}/s)" if one.bytes >= 1_000_000 else "")
         for one, speed in zip(found[0], speeds, strict=True)
     )
     several = len(set(nodes)) > 1

@@ -49,14 +49,16 @@ def check_corpus(recipe: Recipe, ranks: Ranks, start: Start, kept: list[Training
 def check_ranks(recipe: Recipe, clips: int, world_size: int) -> Iterator[Finding]:
     """Compare the number of ranks with the clips of the corpus and of a step."""
     if world_size > clips:
-        raise InputError(f"{clips} training clips for {world_size} ranks; start at most as many ranks as there are clips")
+        raise InputError(
+            f"{clips} training clips for {world_size} ranks; start at most as many ranks as there are clips"
+        )
     batch = recipe.global_batch_size(world_size)
     idle = max(0, world_size - batch)
     yield Finding(
         check="global batch",
         value=f"{batch} clips on {world_size} rank(s)" + (f": {idle} rank(s) idle" if idle else ""),
         verdict="warn" if idle else "ok",
-        mend="use fewer ranks, or let the batch grow (--batch_scaling linear, or a larger --batch_size)" if idle else "",
+        mend="use fewer ranks, or a larger --batch_size (or --batch_scaling linear)" if idle else "",
     )
 
 
@@ -72,15 +74,16 @@ def check_feasibility(recipe: Recipe) -> Iterator[Finding]:
     if not infeasible:
         yield Finding(check="CTC feasibility", value=f"all {total} training clips at total_stride {stride}")
         return
-    bad = split.feasible(stride)
-    names = name_some([split.id(index) for index in range(total) if not bad[index]], limit=5)
+    feasible = split.feasible(stride)
+    names = name_some([split.id(index) for index in range(total) if not feasible[index]], limit=5)
     smaller = [f"{count} at {one}" for one, count in lost.items() if one != stride]
     share = infeasible / total
+    mend = "they leave training, aloud"
+    if share > _FEW:
+        mend = "lower --total_stride" if smaller else "check that glosses and frames belong together"
     yield Finding(
         check="CTC feasibility",
-        value=f"{value} ({100 * share:.1f} %; {', '.join(smaller) or 'none smaller'}): {names}",
+        value=f"{value} ({100 * share:.1f} %{''.join(f', {one}' for one in smaller)}): {names}",
         verdict="FAIL" if share > _MANY else "warn" if share > _FEW else "ok",
-        mend="lower --total_stride" + ("" if smaller else " is not possible: check that glosses and frames belong together")
-        if share > _FEW
-        else "they leave training, aloud",
+        mend=mend,
     )

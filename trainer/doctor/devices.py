@@ -79,7 +79,11 @@ def check_devices(ranks: Sequence[RankFacts]) -> Iterator[Finding]:
     reinstall = "let all nodes use one environment with one build of torch"
     kind = "ask for nodes of one kind (--constraint), or set CUDA_VISIBLE_DEVICES alike"
     for check, values, mend in (
-        ("torch build", [f"{one.torch}, CUDA {one.cuda or 'none'}, NCCL {one.nccl or 'none'}" for one in ranks], reinstall),
+        (
+            "torch build",
+            [f"{one.torch}, CUDA {one.cuda or 'none'}, NCCL {one.nccl or 'none'}" for one in ranks],
+            reinstall,
+        ),
         ("devices", [f"{one.devices} a node" if one.devices else "none (CPU)" for one in ranks], kind),
         ("device", [_describe(one) for one in ranks], kind),
     ):
@@ -127,7 +131,7 @@ def check_compute(ranks: Sequence[RankFacts], speeds: Sequence[float]) -> Findin
         "compute",
         {one.label: speed for one, speed in zip(ranks, speeds, strict=True)},
         show=lambda speed: f"{speed / 1e12:.1f} TFLOP/s",
-        mend="look for a device that is throttled or shared (nvidia-smi -q -d PERFORMANCE); exclude its node (--exclude)",
+        mend="look for a throttled or shared device (nvidia-smi -q -d PERFORMANCE); exclude its node (--exclude)",
     )
     nodes = tuple(sorted({one.node for one in ranks if one.label in found.nodes}))
     return Finding(check=found.check, value=found.value, verdict=found.verdict, mend=found.mend, nodes=nodes)

@@ -1,4 +1,4 @@
-"""Whether the worst batch of a recipe fits: probed on devices, estimated where nothing but the machine limits a rank."""
+"""Whether the worst batch fits: probed on devices, estimated where nothing but the machine limits a rank."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Peer:
     port: int
 
 
-class Unreachable(OSError):
+class UnreachableError(OSError):
     """A node that answers under none of its names and addresses."""
 
 
@@ -99,7 +99,7 @@ class Line:
     """A way to another node's listener, found once and used for every question."""
 
     def __init__(self, peer: Peer, token: str) -> None:
-        """Find the first name or address that answers; raises `Unreachable` naming what each of them said."""
+        """Find the first name or address that answers; raises `UnreachableError` naming what each of them said."""
         self.peer, self._token = peer, token
         self.by_name = True
         """Whether the node answered under its name."""
@@ -116,7 +116,7 @@ class Line:
                 failures.append(f"{host}: {error or 'no answer'}")
             else:
                 return
-        raise Unreachable(f"{peer.node} port {peer.port}: {'; '.join(failures)}")
+        raise UnreachableError(f"{peer.node} port {peer.port}: {'; '.join(failures)}")
 
     def clock_offset(self) -> float:
         """Return the seconds that the other clock is ahead of this one (Cristian's algorithm, the quickest answer)."""

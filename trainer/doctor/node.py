@@ -19,11 +19,11 @@ from typing import Any
 
 from trainer.doctor.facts import NodeFacts, find_facts
 from trainer.doctor.finding import Finding, any_failed, guarded, skipped
-from trainer.doctor.network import Line, Listener, Peer, Unreachable, own_addresses, rounds
+from trainer.doctor.judging import judge_absent, judge_network
+from trainer.doctor.network import Line, Listener, Peer, UnreachableError, own_addresses, rounds
 from trainer.doctor.rank_stage import Stage, judge_ranks, run_stage
 from trainer.doctor.storage import check_storage
-from trainer.doctor.verdicts import check_clocks, check_limits, check_lines, check_speeds, check_versions
-from trainer.errors import name_some
+from trainer.doctor.verdicts import check_limits, check_versions
 from trainer.files import write_json
 
 FINDINGS = "findings.json"
@@ -117,7 +117,7 @@ class Node:
         """Wait for the nodes; return what each of those that came says of itself, the same on all of them."""
         told = {index: self.report / f"node-{index}.json" for index in range(self.options.nodes)}
         if self.leads:
-            _wait_until(lambda: all(path.exists() for path in told.values()), self.options.patience)
+            wait_until(lambda: all(path.exists() for path in told.values()), self.options.patience)
             came = [index for index, path in told.items() if path.exists()]
             listener.nodes = len(came)
             self._tell("members", came)
@@ -140,7 +140,7 @@ class Node:
                 leader = Line(peers[0], self.options.token)
                 # How far this node is ahead of the leader.
                 found["offset"], found["by_name"] = -leader.clock_offset(), leader.by_name
-            except (Unreachable, OSError) as error:
+            except (UnreachableError, OSError) as error:
                 found["findings"].append(self._unreachable(error).to_json())
                 return found
         patience = _MEETING_SECONDS
@@ -202,14 +202,14 @@ class Node:
 
     def _await_networks(self, members: Mapping[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
         paths = {index: self.report / f"network-{index}.json" for index in members}
-        _wait_until(lambda: all(path.exists() for path in paths.values()), 3 * _MEETING_SECONDS)
+        wait_until(lambda: all(path.exists() for path in paths.values()), 3 * _MEETING_SECONDS)
         return {index: json.loads(path.read_text(encoding="utf-8")) for index, path in paths.items() if path.exists()}
 
     def _conclude(self, members: Mapping[int, dict[str, Any]], stage: Stage | None) -> None:
         """Judge what all nodes found, and write it."""
         options = self.options
         names = {index: str(said["node"]) for index, said in members.items()}
-        found = self._judge_absent(names)
+        found = judge_absent(names, options.names, options.nodes, self.report, options.patience)
         for said in members.values():
             found += [Finding.from_json(one) for one in said["findings"]]
         facts = [NodeFacts.from_json(said["facts"]) for said in members.values() if said["facts"]]
@@ -217,7 +217,8 @@ class Node:
             ranks = stage.ranks_per_node if stage else max(1, options.ranks_per_node)
             found += guarded("versions", lambda: check_versions(facts))
             found += guarded("shared memory", lambda: check_limits(facts, ranks))
-        found += guarded("network", lambda: self._judge_network(members, names))
+        heard = self._await_networks(members) if len(members) > 1 else {}
+        found += guarded("network", lambda: judge_network(members, names, heard))
         if stage is not None:
             found += judge_ranks(stage, self.report, names)
         elif options.ranks:
@@ -233,68 +234,6 @@ class Node:
             },
         )
 
-    def _judge_absent(self, names: Mapping[int, str]) -> list[Finding]:
-        options = self.options
-        absent = [index for index in range(options.nodes) if index not in names]
-        if not absent:
-            return [Finding(check="nodes", value=f"{len(names)}: {name_some(list(names.values()), limit=5)}")]
-        missing = [options.names[index] if index < len(options.names) else f"node {index}" for index in absent]
-        return [
-            Finding(
-                check="nodes",
-                value=f"{name_some(missing)} left nothing in {self.report} within {options.patience:.0f} s: hung, not "
-                "started, or without that folder",
-                verdict="FAIL",
-                mend="put the run directory where all nodes see it (--output_dir), or exclude the node (--exclude)",
-                nodes=tuple(missing),
-            )
-        ]
-
-    def _judge_network(self, members: Mapping[int, dict[str, Any]], names: Mapping[int, str]) -> list[Finding]:
-        heard = self._await_networks(members) if len(members) > 1 else {}
-        found = [Finding.from_json(one) for said in heard.values() for one in said["findings"]]
-        pairs = [(names[a], names[b], speed) for said in heard.values() for a, b, speed in said["pairs"]]
-        lost = {one.nodes[0] for one in found}
-        # That such a node is out of reach for the others too goes without saying.
-        pairs = [pair for pair in pairs if not lost & set(pair[:2])]
-        if pairs or len(members) == 1:
-            found += check_lines(pairs, leader=names[0])
-        silent = tuple(names[index] for index in members if len(members) > 1 and index not in heard)
-        if silent:
-            found.append(
-                Finding(
-                    check="network",
-                    value=f"{name_some(silent)} did not finish measuring",
-                    verdict="FAIL",
-                    mend="exclude the node (--exclude), and tell the administrators",
-                    nodes=silent,
-                )
-            )
-        unnamed = [names[index] for index, said in heard.items() if not said["by_name"]]
-        host = members[0]["hosts"][0]
-        found.append(
-            Finding(
-                check="name resolution",
-                value=f"{name_some(unnamed)}: {host} does not lead to {names[0]}, its address does",
-                verdict="FAIL",
-                mend=f"let the name {host} resolve on all nodes to an address of the network between them",
-                nodes=tuple(unnamed),
-            )
-            if unnamed
-            else Finding(check="name resolution", value=f"{host} leads to {names[0]}")
-        )
-        offsets = {names[index]: said["offset"] for index, said in heard.items() if said["offset"] is not None}
-        found += check_clocks(offsets)
-        found.append(
-            check_speeds(
-                "processor",
-                {names[index]: float(said["speed"]) for index, said in members.items()},
-                show=lambda speed: f"{speed / 1e6:.0f} MB/s hashed",
-                mend="exclude the node (--exclude): something else runs there, or it is throttled",
-            )
-        )
-        return found
-
     def _tell(self, topic: str, content: Any) -> None:
         index = "" if topic in ("members", "stage") else f"-{self.index}"
         write_json(self.report / f"{topic}{index}.json", content)
@@ -302,7 +241,7 @@ class Node:
     def _hear(self, topic: str, index: int, seconds: float) -> Any:
         suffix = "" if topic in ("members", "stage") else f"-{index}"
         path = self.report / f"{topic}{suffix}.json"
-        if not _wait_until(path.exists, seconds):
+        if not wait_until(path.exists, seconds):
             return None
         return json.loads(path.read_text(encoding="utf-8"))
 
@@ -319,7 +258,8 @@ def _processor_speed() -> float:
     return best
 
 
-def _wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Wait for something that another node does; tell whether it came."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

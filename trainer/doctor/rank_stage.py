@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from trainer.doctor.facts import count_devices
 from trainer.doctor.finding import Finding, shorten
@@ -27,6 +29,7 @@ _CONFIGURATIONS = Path(__file__).resolve().parents[2] / "accelerate_configs"
 _GRACE_SECONDS = 20.0
 """After one node's ranks failed, how long the others' may still finish and speak."""
 _TAIL = 4000
+_FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_", "PET_", "TORCHELASTIC_", "SIGNSCALE_")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,18 +93,38 @@ class Stage:
 
     def environment(self, index: int) -> dict[str, str]:
         """Return the environment of that command."""
-        found = dict(os.environ)
+        # The node's process may be a rank of something else, and of a job whose ranks these are not.
+        found = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
         if self.cpu:
             found["ACCELERATE_USE_CPU"] = "true"
         if len(self.members) > 1 and self.address:
-            if interface := interface_of(self.address if index == 0 else _route_to(self.address)):
-                for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-                    found.setdefault(variable, interface)
+            interface = interface_of(self.address if index == 0 else _route_to(self.address))
+            for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if interface else ():
+                found.setdefault(variable, str(interface))
         return found
 
 
 def run_stage(stage: Stage, report: Path, index: int) -> dict[str, Any]:
     """Run this node's ranks to their end, or to the limit; return how they ended."""
+    with _ending_on_sigterm():
+        return _run(stage, report, index)
+
+
+@contextlib.contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM unwind this process, so that the ranks it started go first."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(stage: Stage, report: Path, index: int) -> dict[str, Any]:
     log = report / f"ranks-of-node-{index}.log"
     abort = report / _ABORT
     deadline, reason = time.monotonic() + stage.limit, ""
@@ -153,7 +176,7 @@ def judge_ranks(stage: Stage, report: Path, names: Mapping[int, str]) -> list[Fi
     culprits = failed or culprits
     if culprits == set(stage.members):
         culprits = set()
-    at = phases[behind[0]]["phase"] if phases[behind[0]] else "starting"
+    at = (phases[behind[0]] or {}).get("phase", "starting")
     reasons = [f"{names[index]}: {how['reason'] or _last_line(how['tail'])}" for index, how in ended.items() if how]
     silent = [names[index] for index, how in ended.items() if how is None]
     value = f"rank {name_some([str(rank) for rank in behind], limit=5)} of {stage.world_size} ended or hung while {at}"

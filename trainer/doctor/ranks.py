@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -20,10 +18,10 @@ from trainer.doctor.meeting import Meeting, Phases
 from trainer.doctor.node import Options, own_name
 from trainer.doctor.rank_stage import RANKS
 from trainer.files import write_json
+from trainer.orphans import end_with_launcher
 from trainer.recipe import Recipe
 
 RECIPE_CHECKS = ("corpus", "CTC feasibility", "worst batch", "resume state")
-_PR_SET_PDEATHSIG = 1
 _MEETING_SECONDS = 60.0
 
 
@@ -136,7 +134,7 @@ class Examination:
 
 def main(argv: Sequence[str]) -> int:
     """Examine on this rank; what it finds is told by files alone."""
-    _die_with_parent()
+    end_with_launcher()
     report = Path(argv[0])
     options = Options.read(report)
     recipe = None
@@ -157,11 +155,6 @@ def main(argv: Sequence[str]) -> int:
     sys.stderr.flush()
     # Threads of gloo and of a broken group may outlive the interpreter's end.
     os._exit(0)
-
-
-def _die_with_parent() -> None:
-    """Let no rank outlive the launcher that started it."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -88,5 +88,3 @@ def _check_owner(folder: Path) -> Iterator[Finding]:
             verdict="warn",
             mend=f"see `signscale status {folder}`; end it first with `signscale cancel {folder}`",
         )
-
-

@@ -20,9 +20,7 @@ _LINE_WANTED = 125e6
 """Bytes a second between nodes below which a step of a 30 M parameter model waits a second for its gradients."""
 
 
-def check_same(
-    check: str, values: Mapping[str, Any], *, mend: str, show: Callable[[Any], str] = str
-) -> Finding:
+def check_same(check: str, values: Mapping[str, Any], *, mend: str, show: Callable[[Any], str] = str) -> Finding:
     """Compare a fact over nodes (or ranks); those that differ from most of them are at fault, the first one if tied."""
     shown = {node: show(value) for node, value in values.items()}
     counted = Counter(shown.values())
