@@ -36,7 +36,7 @@ def build_run(
     recipe: Recipe, engine: Engine, progress: Progress, stop: StopRequest, job: Job | NoJob = NO_JOB
 ) -> TrainingRun:
     """Check all input, then put the parts together; the run directory is written to only once all is right."""
-    recipe = _with_absolute_paths(recipe)
+    recipe = with_absolute_paths(recipe)
     run_dir = Path(recipe.run.output_dir)
     store = CheckpointStore(run_dir, keep=recipe.run.keep_checkpoints, job=job)
     existed = engine.on_main(lambda: _enter(recipe, job, progress))
@@ -152,7 +152,7 @@ def _check_same_objective(stored: Recipe, recipe: Recipe, where: str) -> None:
         )
 
 
-def _with_absolute_paths(recipe: Recipe) -> Recipe:
+def with_absolute_paths(recipe: Recipe) -> Recipe:
     """Let the stored recipe find the corpus and the teacher from any folder."""
     corpus = recipe.corpus
     annotations = str(Path(corpus.annotations).absolute()) if corpus.annotations else ""

@@ -37,7 +37,7 @@ _CLIPS_PER_CELL = 8
 
 def main(argv: Sequence[str] | None = None) -> Outcome:
     """Parse, build, evaluate, report; return the exit code: 1 where `--max_wer` names a WER that was exceeded."""
-    options = _parse(argv)
+    options = parse_options(argv)
     with ExitStack() as stack:
         job = find_job()
         folder = find_checkpoint(options.checkpoint)
@@ -97,7 +97,8 @@ def main(argv: Sequence[str] | None = None) -> Outcome:
         return Outcome(int(exceeded), said, step=checkpoint.state.step)
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse and check the command line. Raises `InputError` with every mistake."""
     parser = OptionParser(prog="signscale evaluate", description=__doc__)
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="run directory (its best checkpoint), or checkpoint"

@@ -12,6 +12,7 @@ from typing import NoReturn
 from trainer.errors import InputError, TrainingFailedError, format_problems
 from trainer.job.directory import Word
 from trainer.job.rank import find_job
+from trainer.orphans import end_with_launcher
 
 EXIT_INPUT_ERROR = 2
 """Exit code of a user's mistake; 1 stays the code of a failure of ours."""
@@ -51,6 +52,7 @@ def exit_on_input_error(main: Callable[[], int | None]) -> NoReturn:
     `Outcome` says, FAILED after an error that another try would repeat. What nobody foresaw leaves none, and neither
     does a process that replaces itself.
     """
+    end_with_launcher()
     try:
         returned = main()
         outcome = returned if isinstance(returned, Outcome) else Outcome(returned or 0, "finished")

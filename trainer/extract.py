@@ -51,7 +51,7 @@ _LINES = 10
 
 def main(argv: Sequence[str] | None = None) -> Outcome:
     """Parse, build, extract, report; return the exit code."""
-    options = _parse(argv)
+    options = parse_options(argv)
     with ExitStack() as stack:
         owner = find_job()
         folder = find_checkpoint(options.checkpoint)
@@ -112,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> Outcome:
         return Outcome(0, f"soft targets of {len(clips)} clips are complete ({output})")
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse and check the command line. Raises `InputError` with every mistake."""
     parser = OptionParser(prog="signscale extract", description=__doc__)
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="the teacher: run directory (its best checkpoint), or checkpoint"

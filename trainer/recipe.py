@@ -56,6 +56,8 @@ class CorpusRecipe:
     """Video: pixels a side that the model sees of them, the middle in evaluation (0: seven eighths, 224 of 256)."""
     overfit_clips: NonNegativeInt = 0
     """Train on this many training clips alone and evaluate on the same ones (0: off)."""
+    limit_clips: NonNegativeInt = 0
+    """Take the first clips of each split alone, this many at most, to try a recipe out (0: all)."""
     augment: bool = False
     """Augment training clips, seeded by (seed, epoch, clip id)."""
     augment_rescale: ClosedUnitInterval = 0.2

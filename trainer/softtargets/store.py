@@ -121,7 +121,7 @@ class ShardFolder:
                 self._check_same(path)
                 for leftover in self.folder.glob(".*.tmp"):
                     leftover.unlink(missing_ok=True)
-            elif any(not entry.name.startswith(".") for entry in self.folder.iterdir()):
+            elif any(not entry.name.startswith(".") and entry.name != "job" for entry in self.folder.iterdir()):
                 raise InputError(
                     f"{self.folder}: holds something else than soft targets; choose another --output, or empty it"
                 )
