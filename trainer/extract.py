@@ -193,7 +193,7 @@ def _extract(
         with torch.no_grad(), closing(loader.cells(rank=0, world_size=1, budget=_ONE_CLIP)) as cells:
             for cell in cells:
                 [index] = cell.clips
-                log_probs = float32_log_probs(engine.forward(cell.features, cell.layout)).cpu()
+                log_probs = float32_log_probs(engine.forward(cell.features, cell.layout).logits).cpu()
                 if not bool(log_probs.isfinite().all()):
                     raise InputError(
                         f"clip {part.id(index)}: the teacher's outputs are not finite; extract in another "

@@ -25,6 +25,7 @@ from trainer.engine.engine import count_graphs
 from trainer.errors import TrainingFailedError, name_some
 from trainer.files import write_json
 from trainer.layout import slot_frames
+from trainer.loss import StepLoss
 from trainer.memory.budget import FrameBudget
 from trainer.memory.probe import choose_budget
 from trainer.observe.progress import Progress
@@ -176,9 +177,8 @@ class TrainingRun:
                         reload=reload,
                         learning_rate=rate,
                         gradient_clip=self.recipe.optimization.gradient_clip,
-                        label_smoothing=self.recipe.objective.label_smoothing,
+                        loss=StepLoss(objective=self.recipe.objective, distillation=self.distillation),
                         stop_requested=self.stop.requested,
-                        distillation=self.distillation,
                     )
                 except BrokenPassError as error:
                     self.relief.descend_alone(
@@ -220,8 +220,7 @@ class TrainingRun:
         }
         if outcome.applied:
             sums |= {"steps": 1.0, "loss": outcome.loss, "grad_norm": outcome.grad_norm}
-            if self.distillation.active:
-                sums["ctc_loss"] = outcome.ctc_loss
+            sums |= {f"train/{name}": value for name, value in outcome.terms.items()}
         for name, value in sums.items():
             window[name] = window.get(name, 0.0) + value
         window["lr"] = rate
@@ -340,10 +339,7 @@ class TrainingRun:
                 "data_wait_fraction": window["wait_seconds"] / window["rank_seconds"],
                 "skipped_steps": self.state.skipped_steps,
             }
-            if "ctc_loss" in window:
-                metrics["train/ctc_loss"] = window["ctc_loss"] / applied
-                part = self.distillation.part(metrics["train/loss"], metrics["train/ctc_loss"])
-                metrics["train/distillation_loss"] = part
+            metrics |= {name: value / applied for name, value in window.items() if name.startswith("train/")}
         metrics |= extra
         self.state.window = {}
         for tracker in self.trackers:
