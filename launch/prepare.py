@@ -106,7 +106,7 @@ def describe(plan: Plan, options: LaunchOptions) -> str:
         ("run", str(plan.run)),
         ("job", str(plan.job.folder)),
         ("ranks", ranks),
-        ("devices", "CPUs" if plan.use_cpu else "GPUs"),
+        ("devices", "CPUs" if plan.use_cpu else "the first GPU, or the CPU" if plan.way == "debug" else "GPUs"),
         ("launcher", "in this process" if plan.accelerate_config is None else plan.launcher),
         ("accelerate", str(plan.accelerate_config)),
         ("interpreter", plan.interpreter),

@@ -45,11 +45,16 @@ def _leave_word(code: int) -> None:
 
 
 def _run_by_accelerate(argv: Sequence[str]) -> int:
-    # Only here: a question for help need not wait for torch.
+    # torchrun reports in pages what the ranks have said in a line. Its loggers read this once, as they are made.
+    level = os.environ.get("LOGLEVEL")
+    os.environ["LOGLEVEL"] = level or "CRITICAL"
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    if level is None:
+        del os.environ["LOGLEVEL"]
+    _outlive_signals()
     arguments = launch_command_parser().parse_args(list(argv))
     try:
         launch_command(arguments)
@@ -71,6 +76,13 @@ def _run_by_accelerate(argv: Sequence[str]) -> int:
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     return 0
+
+
+def _outlive_signals() -> None:
+    """Leave signals to the ranks: torchrun passes them on; a single rank gets them itself, and is waited for."""
+    for name in SIGNALS:
+        # A handler, since what is ignored would stay ignored in the rank.
+        signal.signal(getattr(signal, name), lambda number, frame: None)
 
 
 def _name_end(code: int) -> str:
