@@ -20,11 +20,15 @@ from trainer.job.directory import ATTEMPT, JOB, JobDirectory
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 
 
+NUMA_BINDING = "SIGNSCALE_NUMA_BINDING"
+"""Environment: how torchrun binds ranks to the cores beside their GPUs (its --numa-binding, which accelerate lacks)."""
+
+
 def main(argv: Sequence[str]) -> int:
     """Start the ranks as `accelerate launch ARGV…`, or `plain N DIRECTORY MODULE ARGV…`; return the exit code.
 
-    0: all ranks ended well; 2: a rank met a mistake of the user's, which it has told; 1: anything else. Node 0 leaves the
-    attempt's last word where the command itself left none.
+    0: all ranks ended well; 2: a rank met a mistake of the user's, which it has told; 1: anything else. Node 0 leaves
+    the attempt's last word where the command itself left none.
     """
     launcher, *rest = argv
     code = _run_plainly(rest) if launcher == "plain" else _run_by_accelerate(rest)
@@ -56,6 +60,9 @@ def _run_by_accelerate(argv: Sequence[str]) -> int:
         del os.environ["LOGLEVEL"]
     _outlive_signals()
     arguments = launch_command_parser().parse_args(list(argv))
+    if binding := os.environ.get(NUMA_BINDING):
+        # accelerate hands torchrun all that torchrun has a name for.
+        arguments.numa_binding = binding
     try:
         launch_command(arguments)
     except ChildFailedError as error:
