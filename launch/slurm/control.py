@@ -97,14 +97,19 @@ def end_time(job_id: str, environment: Mapping[str, str]) -> float | None:
         return None
 
 
-def requeue(job_id: str, exclude: Sequence[str] = ()) -> None:
+def requeue(job_id: str) -> None:
     """Put the running job back into the queue; from now on SLURM ends this very script. Raises `ControlError`."""
-    excluded = show(job_id).get("ExcNodeList", "(null)")
     ask("scontrol", "requeue", job_id)
-    if exclude:
-        # Only a pending job's nodes can be changed, and it is pending now, until this script is killed.
-        nodes = ",".join([*([] if excluded == "(null)" else [excluded]), *exclude])
-        ask("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={nodes}", patience=20)
+
+
+def exclude(job_id: str, nodes: Sequence[str]) -> None:
+    """Keep the job away from more nodes. Raises `ControlError`: only a pending job's can be changed.
+
+    A job is pending from the moment it is requeued; its script lives on for a little (KillWait).
+    """
+    already = show(job_id).get("ExcNodeList", "(null)")
+    names = ",".join([*([] if already == "(null)" else [already]), *nodes])
+    ask("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={names}", patience=20)
 
 
 def resubmit(script: Path, identity: JobIdentity, exclude: Sequence[str] = ()) -> str:
