@@ -16,7 +16,8 @@ from typing import Any
 
 from trainer.doctor.finding import Finding
 from trainer.doctor.node import FINDINGS, Node, Options, own_name
-from trainer.errors import InputError, exit_on_input_error
+from trainer.errors import InputError
+from trainer.exits import exit_on_input_error
 from trainer.options import OptionParser, positive_count, positive_number
 from trainer.recipe import Recipe
 
