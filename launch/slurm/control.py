@@ -1,15 +1,12 @@
-"""What a running job asks of SLURM: who it is, when its time is over, and to be put back into the queue."""
+"""What a running job asks of SLURM: how it stands, when its time is over, and to be put back into the queue."""
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 
 _PATIENCE = 300.0
 """Seconds for which a controller that does not answer is asked again."""
@@ -21,45 +18,12 @@ class ControlError(Exception):
     """SLURM refused, or did not answer; the message is its own."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class JobIdentity:
-    """Who a batch job is."""
-
-    job_id: str
-    """As squeue and scontrol name it: an array's task is 4711_3."""
-    task: int | None
-    """Number of the array's task; None: the job is none."""
-    restarts: int
-    """How often it went back into the queue."""
-    nodes: str
-    """Its nodes, as SLURM abbreviates them."""
-
-    @property
-    def attempt(self) -> str:
-        """Name the attempt."""
-        return f"{self.job_id}.{self.restarts}"
-
-    @classmethod
-    def of(cls, environment: Mapping[str, str]) -> JobIdentity:
-        """Read it from a batch script's environment. Raises `KeyError` outside a job."""
-        task = environment.get("SLURM_ARRAY_TASK_ID")
-        job_id = environment["SLURM_JOB_ID"] if task is None else f"{environment['SLURM_ARRAY_JOB_ID']}_{task}"
-        return cls(
-            job_id=job_id,
-            task=None if task is None else int(task),
-            restarts=int(environment.get("SLURM_RESTART_COUNT") or 0),
-            nodes=environment.get("SLURM_JOB_NODELIST", ""),
-        )
-
-
-def ask(*command: str, patience: float = _PATIENCE, environment: Mapping[str, str] | None = None) -> str:
+def ask(*command: str, patience: float = _PATIENCE) -> str:
     """Run one of SLURM's commands; ask again where the controller does not answer. Raises `ControlError`."""
     deadline = time.monotonic() + patience
     while True:
         try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL, env=environment
-            )
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
         except subprocess.TimeoutExpired:
             problem = f"{command[0]} does not answer"
         except OSError as error:
@@ -110,16 +74,3 @@ def exclude(job_id: str, nodes: Sequence[str]) -> None:
     already = show(job_id).get("ExcNodeList", "(null)")
     names = ",".join([*([] if already == "(null)" else [already]), *nodes])
     ask("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={names}", patience=20)
-
-
-def resubmit(script: Path, identity: JobIdentity, exclude: Sequence[str] = ()) -> str:
-    """Submit the job's script anew, to start when this job has ended; return the new id. Raises `ControlError`."""
-    # Of an array, this task alone: a job of the same name would wait for all others.
-    after = "singleton" if identity.task is None else f"afterany:{identity.job_id}"
-    options = [f"--dependency={after}", *([] if identity.task is None else [f"--array={identity.task}"])]
-    if exclude:
-        options.append(f"--exclude={','.join(exclude)}")
-    # A job that inherits another's variables takes them for its own.
-    foreign = ("SLURM_", "SLURMD_", "SBATCH_", "PMI", "SIGNSCALE_")
-    kept = {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or not name.startswith(foreign)}
-    return ask("sbatch", "--parsable", *options, str(script), environment=kept).strip()

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.jobs.options import parse_options
+from launch.jobs.plan import Task
+from launch.prepare import prepare, write
 from tests.cluster import stub
-from tests.cluster.cluster import ROOT, Cluster
-from trainer.files import write_json
+from tests.cluster.cluster import Cluster
 from trainer.job.directory import JobDirectory
 
 
 class StubJob:
-    """One job of the stub trainer, submitted to a cluster."""
+    """One job of the stub trainer, launched as a trainer would be."""
 
     def __init__(
         self,
@@ -24,42 +24,33 @@ class StubJob:
         *,
         nodes: int = 2,
         ranks_per_node: int = 2,
-        arguments: Sequence[str] = (),
+        stub_options: Sequence[str] = (),
+        options: Sequence[str] = (),
         sbatch: Sequence[str] = (),
         tasks: int = 0,
-        preflight: Sequence[str] = (),
-        limit: int = 3,
     ) -> None:
-        """Submit it; `tasks` makes it an array whose runs lie in RUN/0, RUN/1, …"""
+        """Launch it; `options` are those of `signscale launch slurm`, `sbatch` overrules the script's own.
+
+        `tasks` makes it an array whose runs lie in RUN/0, RUN/1, …
+        """
         self.cluster, self.run = cluster, run
         self.world_size = nodes * ranks_per_node
-        job = JobDirectory.of(run)
-        job.logs.mkdir(parents=True)
-        runs = [{"run": str(run / str(task)), "overrides": {}} for task in range(tasks)] or None
-        write_json(job.plan, {"run": str(run), "tasks": runs, "max_attempts_without_progress": limit})
-        srun = f"srun --kill-on-bad-exit=1 --wait=60 --label -N{nodes} --ntasks-per-node={ranks_per_node}"
-        inner = 'exec "$0" -u -m tests.cluster.stub --output_dir "$(dirname "$SIGNSCALE_JOB")" "$@"'
-        words = [sys.executable, *arguments]
-        check = f"--preflight {shlex.join(preflight)}" if preflight else ""
-        job.script.write_text(
-            f"""#!/bin/bash
-#SBATCH --nodes={nodes} --ntasks-per-node={ranks_per_node} --mem=100 --open-mode=append
-#SBATCH --job-name={run.name} --output={shlex.quote(str(job.logs))}/slurm-%A_%a.out
-export PYTHONPATH={shlex.quote(str(ROOT))}
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR MASTER_PORT=$((20000 + (SLURM_JOB_ID * 10 + ${{SLURM_RESTART_COUNT:-0}}) % 10000))
-cd {shlex.quote(str(ROOT))}
-exec {shlex.quote(sys.executable)} -m launch.slurm.director --job {shlex.quote(str(job.folder))} {check} -- \\
-    {srun} bash -c {shlex.quote(inner)} {shlex.join(words)}
-"""
-        )
-        array = [f"--array=0-{tasks - 1}"] if tasks else []
-        self.job_id = cluster.sbatch(*array, *sbatch, job.script)
+        size = ["--nodes", str(nodes), "--ranks_per_node", str(ranks_per_node), "--cpus_per_task", "1", "--mem", "100"]
+        command = ["-m", "tests.cluster.stub", "--output_dir", str(run), *stub_options]
+        made = [Task(run=run / str(task), overrides={"output_dir": str(run / str(task))}) for task in range(tasks)]
+        launched = parse_options("slurm", ["--run", str(run), "--launcher", "plain", *size, *options])
+        plan = write(prepare("slurm", launched, command, tasks=made or None))
+        self.job_id = cluster.sbatch(*sbatch, plan.job.script)
+        self.job.add_submission(self.job_id)
 
     @property
     def job(self) -> JobDirectory:
         """The job directory."""
         return JobDirectory.of(self.run)
+
+    def words(self, run: Path | None = None) -> list[str | None]:
+        """Return the last word of each attempt."""
+        return [record.word for record in JobDirectory.of(run or self.run).history()]
 
     def saved(self, run: Path | None = None) -> int:
         """Return the step of the last checkpoint."""
@@ -68,7 +59,15 @@ exec {shlex.quote(sys.executable)} -m launch.slurm.director --job {shlex.quote(s
 
     def wait_for_step(self, step: int, run: Path | None = None) -> None:
         """Wait until a step is saved."""
-        self.cluster.wait_until(lambda: self.saved(run) >= step, f"step {step} is saved ({self.output(run)})")
+        try:
+            self.cluster.wait_until(lambda: self.saved(run) >= step, f"step {step} is saved")
+        except AssertionError as error:
+            raise AssertionError(f"{self.output(run)}\n{error}") from error
+
+    def wait_for_end(self, job_id: str = "") -> None:
+        """Wait for the job's end, which must be a good one."""
+        end = self.cluster.wait_for_end(job_id or self.job_id)
+        assert end.state == "COMPLETED", f"{end}\n{self.output()}"
 
     def output(self, run: Path | None = None) -> str:
         """Return all that was said."""
