@@ -12,7 +12,8 @@ from pathlib import Path
 from launch.jobs.ending import cancel
 from launch.jobs.evidence import read_plan
 from launch.jobs.report import check_is_run, has_job, report_run
-from trainer.errors import InputError, exit_on_input_error
+from trainer.errors import InputError
+from trainer.exits import exit_on_input_error
 from trainer.job.directory import JobDirectory
 from trainer.options import OptionParser, positive_number
 

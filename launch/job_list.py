@@ -11,7 +11,7 @@ from pathlib import Path
 from launch.jobs.finding import find_runs
 from launch.jobs.report import RunReport, report_runs
 from launch.jobs.words import lay_out
-from trainer.errors import exit_on_input_error
+from trainer.exits import exit_on_input_error
 from trainer.options import OptionParser
 
 

@@ -13,7 +13,8 @@ from launch.jobs.following import Printer, follow
 from launch.jobs.judging import ACTIVE
 from launch.jobs.logs import find_attempt, find_outputs, find_sources
 from launch.jobs.report import RunReport, check_is_run, has_job, report_run
-from trainer.errors import InputError, exit_on_input_error
+from trainer.errors import InputError
+from trainer.exits import exit_on_input_error
 from trainer.job.directory import JobDirectory
 from trainer.options import OptionParser
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from launch.jobs.report import RunReport, report_run
 from launch.jobs.traces import Progress
 from launch.jobs.words import lay_out, say_ago, say_duration, say_time
-from trainer.errors import exit_on_input_error
+from trainer.exits import exit_on_input_error
 from trainer.job.directory import AttemptRecord
 from trainer.options import OptionParser
 
