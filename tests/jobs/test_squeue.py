@@ -16,8 +16,8 @@ QUEUE = """\
 a line break ^ and more/job/job.sh
 11^11^N/A^CANCELLED^DependencyNeverSatisfied^2026-12-01T04:11:01^2026-12-01T04:11:01^0:00^1:00:00^^afterok:10(failed)^(null)
 3_3^3^3^PENDING^job requeued in held state^N/A^N/A^0:00^5:00^^(null)^/runs/a/job/job.sh
-15^15^N/A^PENDING^Nodes required for job are DOWN, DRAINED or reserved for jobs in higher priority partitions^N/A^N/A^0:00\
-^1:00:00^^(null)^/runs/a/job/job.sh
+15^15^N/A^PENDING^Nodes required for job are DOWN, DRAINED or reserved for jobs in higher priority partitions^N/A^N/A\
+^0:00^1:00:00^^(null)^/runs/a/job/job.sh
 """.replace("^", "\x1f").replace("\x1f and", "^ and")
 
 # scontrol show job 3: the task that runs has a number of its own, the waiting ones share a record.
@@ -51,6 +51,13 @@ JobId=8 ArrayJobId=3 ArrayTaskId=1 ArrayTaskThrottle=2 JobName=a
    WorkDir=/tmp/h6try
 
 """
+
+# sacct -n -P -X -o SACCT_FORMAT
+ACCOUNTS = """\
+2^CANCELLED by 0^2026-12-01T04:29:41^2026-12-01T04:29:46^00:00:05^00:01:00^node1^2026-12-01T04:29:40
+3^PENDING^Unknown^Unknown^00:00:00^01:00:00^None assigned^2026-12-01T04:29:40
+1_1^FAILED^2026-12-01T04:29:41^2026-12-01T04:29:43^00:00:02^01:00:00^node1^2026-12-01T04:29:40
+""".replace("^", "\x1f")
 
 
 def test_squeue_lists_each_task_with_its_time_and_its_script() -> None:
@@ -93,6 +100,15 @@ def test_scontrol_tells_tasks_apart_and_is_not_fooled_by_names() -> None:
     assert (jobs["3_3"].state, jobs["3_3"].reason, jobs["3_3"].nodes) == ("PENDING", "JobArrayTaskLimit", "")
     assert (jobs["3_1"].state, jobs["3_1"].nodes, jobs["3_1"].elapsed) == ("RUNNING", "node[1-2]", 2)
     assert jobs["3_1"].command == "/runs/a b/job/job.sh"
+
+
+def test_sacct_tells_how_jobs_ended() -> None:
+    cancelled, waiting, failed = parse_sacct(ACCOUNTS)
+    assert (cancelled.state, cancelled.elapsed, cancelled.command) == ("CANCELLED", 5, None)
+    assert (waiting.state, waiting.start, waiting.nodes) == ("PENDING", None, "")
+    assert (failed.job_id, failed.base, failed.task) == ("1_1", "1", 1)
+    assert failed.submitted is not None
+    assert time.localtime(failed.submitted)[:6] == (2026, 12, 1, 4, 29, 40)
 
 
 @pytest.mark.parametrize(
