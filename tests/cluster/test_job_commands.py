@@ -14,13 +14,6 @@ from trainer.job.directory import JobDirectory
 LONG = ["--steps", "1000000", "--save_every", "2"]
 
 
-def submit(cluster: Cluster, run: Path, **options: object) -> StubJob:
-    """Submit a stub's job and record it, as a launch does."""
-    job = StubJob(cluster, run, **options)  # type: ignore[arg-type]
-    job.job.add_submission(job.job_id, cluster=None, after=[])
-    return job
-
-
 def signscale(cluster: Cluster, *words: str | Path, code: int = 0) -> str:
     """Run a command on the login node; return all it says."""
     done = cluster.run(sys.executable, "-m", "launch.cli", *words, check=False)
@@ -35,7 +28,7 @@ def state_of(cluster: Cluster, run: Path) -> str:
 
 def test_a_running_job_is_listed_read_and_ended_with_a_save(shared_cluster: Cluster, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
-    job = submit(shared_cluster, runs / "teacher", arguments=LONG)
+    job = StubJob(shared_cluster, runs / "teacher", stub_options=LONG)
     job.wait_for_step(4)
     listed = signscale(shared_cluster, "jobs", runs)
     assert "RUNNING" in listed
@@ -55,7 +48,7 @@ def test_a_running_job_is_listed_read_and_ended_with_a_save(shared_cluster: Clus
 
 
 def test_what_will_not_save_is_ended_at_once(shared_cluster: Cluster, tmp_path: Path) -> None:
-    job = submit(shared_cluster, tmp_path / "teacher", arguments=[*LONG, "--step_seconds", "0.2"])
+    job = StubJob(shared_cluster, tmp_path / "teacher", stub_options=[*LONG, "--step_seconds", "0.2"])
     job.wait_for_step(2)
     said = signscale(shared_cluster, "cancel", job.run, "--now")
     assert f"job {job.job_id}: ended at once" in said
@@ -65,8 +58,8 @@ def test_what_will_not_save_is_ended_at_once(shared_cluster: Cluster, tmp_path: 
 
 
 def test_jobs_that_wait_say_why_and_leave_the_queue(shared_cluster: Cluster, tmp_path: Path) -> None:
-    held = submit(shared_cluster, tmp_path / "held", sbatch=["--hold"])
-    later = submit(shared_cluster, tmp_path / "later", sbatch=["--begin=now+1hour"])
+    held = StubJob(shared_cluster, tmp_path / "held", sbatch=["--hold"])
+    later = StubJob(shared_cluster, tmp_path / "later", sbatch=["--begin=now+1hour"])
     told = signscale(shared_cluster, "status", held.run)
     assert "HELD" in told
     assert f"scontrol release {held.job_id}" in told
@@ -82,7 +75,7 @@ def test_jobs_that_wait_say_why_and_leave_the_queue(shared_cluster: Cluster, tmp
 
 
 def test_a_requeued_job_is_followed_to_its_end(shared_cluster: Cluster, tmp_path: Path) -> None:
-    job = submit(shared_cluster, tmp_path / "teacher", arguments=["--steps", "30"])
+    job = StubJob(shared_cluster, tmp_path / "teacher", stub_options=["--steps", "30"])
     job.wait_for_step(5)
     command = [sys.executable, "-m", "launch.cli", "logs", "-f", str(job.run)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -101,7 +94,7 @@ def test_a_requeued_job_is_followed_to_its_end(shared_cluster: Cluster, tmp_path
 
 
 def test_a_requeued_job_is_taken_out_of_the_queue(shared_cluster: Cluster, tmp_path: Path) -> None:
-    job = submit(shared_cluster, tmp_path / "teacher", arguments=LONG)
+    job = StubJob(shared_cluster, tmp_path / "teacher", stub_options=LONG)
     job.wait_for_step(2)
     job.job.request_stop("asked by a test")
     shared_cluster.wait_for_requeue(job.job_id)
@@ -112,7 +105,7 @@ def test_a_requeued_job_is_taken_out_of_the_queue(shared_cluster: Cluster, tmp_p
 
 
 def test_one_task_of_an_array_is_ended_alone(shared_cluster: Cluster, tmp_path: Path) -> None:
-    job = submit(shared_cluster, tmp_path / "sweep", nodes=1, ranks_per_node=1, tasks=2, arguments=LONG)
+    job = StubJob(shared_cluster, tmp_path / "sweep", nodes=1, ranks_per_node=1, tasks=2, stub_options=LONG)
     for task in ("0", "1"):
         job.wait_for_step(2, job.run / task)
     told = signscale(shared_cluster, "status", job.run)
@@ -148,7 +141,7 @@ def test_a_strangers_job_is_never_cancelled(shared_cluster: Cluster, tmp_path: P
 
 
 def test_a_child_says_which_parent_failed(shared_cluster: Cluster, tmp_path: Path) -> None:
-    parent = submit(shared_cluster, tmp_path / "parent", arguments=["--mistake", "no corpus"])
+    parent = StubJob(shared_cluster, tmp_path / "parent", stub_options=["--mistake", "no corpus"])
     after = [f"--dependency=afterok:{parent.job_id}", "--kill-on-invalid-dep=yes"]
     child = StubJob(shared_cluster, tmp_path / "child", sbatch=after)
     child.job.add_submission(child.job_id, cluster=None, after=[f"afterok:{parent.job_id}"])
