@@ -34,7 +34,7 @@ _CLIPS_PER_CELL = 8
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, evaluate, report; return the exit code: 1 where `--max_wer` names a WER that was exceeded."""
-    options = _parse(argv)
+    options = parse_options(argv)
     with ExitStack() as stack:
         folder = find_checkpoint(options.checkpoint)
         checkpoint = read_checkpoint(folder, with_optimizer=False)
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1 if options.max_wer is not None and not result.counts.wer <= options.max_wer else 0
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OptionParser(prog="signscale evaluate", description=__doc__)
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="run directory (its best checkpoint), or checkpoint"

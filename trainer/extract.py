@@ -47,7 +47,7 @@ _LINES = 10
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, extract, report; return the exit code."""
-    options = _parse(argv)
+    options = parse_options(argv)
     with ExitStack() as stack:
         folder = find_checkpoint(options.checkpoint)
         checkpoint = read_checkpoint(folder, with_optimizer=False)
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OptionParser(prog="signscale extract", description=__doc__)
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="the teacher: run directory (its best checkpoint), or checkpoint"
