@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("launch.plan", "show what steps a recipe makes of a corpus on any number of ranks"),
     "estimate": ("launch.estimate", "show what a recipe needs of memory under each backend, and what fits"),
     "describe": ("launch.describe", "show what a model costs: parameters, operations, time on a CPU"),
+    "sweep": ("launch.sweep_table", "show the runs of a sweep, best first"),
     "pipeline": ("launch.pipeline", "run the stages of a pipeline file, here or on SLURM, each after those it needs"),
     "compare": ("launch.compare", "put runs side by side: word error rate, size, speed, and whether the target is met"),
     "score": ("launch.score", "score a hypothesis file against a reference file"),

@@ -19,8 +19,22 @@ from trainer.recipe import FREE_ON_RESUME, Recipe
 _QUESTIONS = {"-h", "--help", "--print_config"}
 # Of a recipe: how the labour is divided and reported, which leaves the same weights.
 _LABOUR = frozenset(
-    "num_workers cache_dir cache_gb cost_model max_frames_per_microbatch activation_checkpointing compile log_every "
-    "save_every keep_checkpoints trackers wandb_project resume target_ratio".split()
+    (
+        "num_workers",
+        "cache_dir",
+        "cache_gb",
+        "cost_model",
+        "max_frames_per_microbatch",
+        "activation_checkpointing",
+        "compile",
+        "log_every",
+        "save_every",
+        "keep_checkpoints",
+        "trackers",
+        "wandb_project",
+        "resume",
+        "target_ratio",
+    )
 )
 _PARALLEL = {"train": "trainer.train", "evaluate": "trainer.evaluate", "extract": "trainer.extract"}
 """Commands that run on any number of ranks."""
