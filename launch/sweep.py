@@ -1,4 +1,4 @@
-"""Sweeps: every combination of a few settings, a run each (`--sweep learning_rate=1e-4,3e-4 --sweep dropout=0.2,0.3`)."""
+"""Sweeps: every combination of a few settings, a run each (`--sweep dropout=0.2,0.3 --sweep seed=1,2`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`signscale sweep OUT`: the runs of a sweep beside each other, best first. Imports no torch: the batch job prints it too."""
+"""`signscale sweep OUT`: the runs of a sweep, best first. The batch job prints it too, so that it imports no torch."""
 
 from __future__ import annotations
 
@@ -131,6 +131,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    from trainer.errors import exit_on_input_error
+    from trainer.exits import exit_on_input_error
 
     exit_on_input_error(lambda: main(sys.argv[1:]))

@@ -40,6 +40,8 @@ class Stage:
     """Stages that have to be done before: those of `after`, and those referred to."""
     options: Dictionary[str, Dictionary[str, Any]]
     """Launch options for each way, the file's with the stage's over them."""
+    own: Dictionary[str, Dictionary[str, Any]]
+    """Those of the stage alone."""
     line: int
 
     @property
@@ -126,12 +128,14 @@ def _read_stage(
         after = [as_text(one) for one in given if one is not None]
     else:
         after = [previous] if previous else []
+    own = {way: _options(path, entry, way, f"stage {name}: ", problems) for way in WAYS}
     stage = Stage(
         name=name,
         command=command,
         arguments=tuple(arguments),
         after=(),
-        options={way: {**shared[way], **_options(path, entry, way, f"stage {name}: ", problems)} for way in WAYS},
+        options={way: {**shared[way], **own[way]} for way in WAYS},
+        own=own,
         line=entry.line,
     )
     needs = dict.fromkeys([*after, *(referred for referred, _ in stage.references)])
