@@ -1,4 +1,4 @@
-"""Write the gradient of the first global batch, before clipping, to a file: OUT CORPUS RUN BUDGET."""
+"""Write the gradient of the first global batch, before clipping, to a file: OUT CORPUS RUN BUDGET FLAGS…."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from tests.conftest import TINY
 from trainer.assembly import build_run
 from trainer.engine import Update, open_engine
+from trainer.loss import StepLoss
 from trainer.observe.progress import Progress
 from trainer.parsing import parse_recipe
 from trainer.relief import Reload
@@ -17,10 +18,10 @@ from trainer.signals import StopRequest
 from trainer.step import train_step
 
 
-def main(out: str, corpus: str, run_dir: str, budget: str) -> None:
+def main(out: str, corpus: str, run_dir: str, budget: str, *more: str) -> None:
     """Run forward and backward of one step, and keep what the optimizer would have got."""
     flags = ["--data_dir", corpus, "--output_dir", run_dir, "--dropout", "0.2", "--max_frames_per_microbatch", budget]
-    recipe = parse_recipe([*TINY, *flags, "--batch_size", "10"])
+    recipe = parse_recipe([*TINY, *flags, "--batch_size", "10", *more])
     engine = open_engine(recipe)
     run = build_run(recipe, engine, Progress(enabled=False), StopRequest())
     steps = run.loader.steps(
@@ -43,7 +44,7 @@ def main(out: str, corpus: str, run_dir: str, budget: str) -> None:
             reload=reload,
             learning_rate=0.0,
             gradient_clip=0.0,
-            label_smoothing=0.0,
+            loss=StepLoss(objective=recipe.objective, distillation=run.distillation),
             stop_requested=False,
         )
     steps.close()
