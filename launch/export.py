@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> int:
     """Export, verify, publish; InputError for what cannot be exported, and nothing is written then."""
-    options = _parse(argv)
+    options = parse_options(argv)
     from trainer.checkpoint.content import read_checkpoint
     from trainer.checkpoint.store import find_checkpoint
     from trainer.export.formats import REPORT, check_format, open_recognition, write_model
@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser = OptionParser(
         prog="signscale export",
         description="Export a trained model over features as one file with its vocabulary and normalisation inside: "

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> int:
     """Check all files first, then print what is signed in each; InputError for a user's mistake."""
-    options = _parse(argv)
+    options = parse_options(argv)
     from trainer.export.formats import open_recognition
 
     recognition = open_recognition(options.checkpoint)
@@ -72,7 +72,7 @@ def predict(path: Path, recognition: Recognition, decoder: Decoder, *, fps: floa
     }
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser = OptionParser(
         prog="signscale predict",
         description="Print the glosses signed in clips of features, with start and end in seconds and a confidence: "
