@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
+from trainer.orphans import end_with_launcher
+
 EXIT_INPUT_ERROR = 2
 """Exit code of a user's mistake; 1 stays the code of a failure of ours."""
 
@@ -66,6 +68,7 @@ def exit_on_input_error(main: Callable[[], int | None]) -> NoReturn:
     and the others leave after it. An error marked `local` is known to one rank alone, which therefore speaks; the
     ranks that wait for it in vain say so in a line each.
     """
+    end_with_launcher()
     try:
         code = main() or 0
     except InputError as error:
