@@ -24,7 +24,9 @@ _SWITCHES = {name for name, kind in _TYPES.items() if kind == "bool"}
 _OPTIONAL = {name for name, kind in _TYPES.items() if kind.endswith("None")}
 
 
-def parse_recipe(argv: Sequence[str], prog: str = "signscale train", *, check: bool = True, needs_corpus: bool = True) -> Recipe:
+def parse_recipe(
+    argv: Sequence[str], prog: str = "signscale train", *, check: bool = True, needs_corpus: bool = True
+) -> Recipe:
     """Parse flags, and the files that `--config` names, into a recipe.
 
     `check`: whether impossible combinations are refused; `needs_corpus`: whether a recipe without a corpus is one.

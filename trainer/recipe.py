@@ -325,7 +325,7 @@ FREE_ON_RESUME = frozenset(
 
 
 def combination_problems(recipe: Recipe, *, needs_corpus: bool = True) -> list[str]:
-    """List what is impossible in combination, each with its mend; `needs_corpus`: a recipe without one is impossible."""
+    """List what is impossible in combination, each with its mend; without a corpus nothing is, where one is needed."""
     corpus, model, opt, run = recipe.corpus, recipe.model, recipe.optimization, recipe.run
     problems = [
         f"{name}: {value} is not a finite number; choose one"
