@@ -50,6 +50,8 @@ def main(out: str, corpus: str, run_dir: str, budget: str, *more: str) -> None:
         )
     kept |= {f"term/{name}": torch.tensor(value).double() for name, value in outcome.terms.items()}
     steps.close()
+    # Its thread would otherwise be met by the end of the process inside a call of the store, which aborts.
+    run.relief.close()
     if engine.is_main:
         save_file(kept, Path(out))
     engine.close()
