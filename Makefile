@@ -1,7 +1,12 @@
 # Everything a newcomer needs: `make demo` trains, resumes, distils and evaluates; `make test` runs the tests.
 PYTHON ?= python3.11
 BIN := .venv/bin
+# A test waits more than it computes (processes start, ranks meet): three at once keep two cores busy.
+TEST_PROCESSES ?= 3
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 LAUNCH := OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file accelerate_configs/multi_cpu.yaml
+
+SHELL_FILES := .ci/run tests/cluster/mini_slurm.sh
 
 .PHONY: setup demo test test-slow check format clean
 
@@ -28,15 +33,18 @@ demo: setup
 	$(BIN)/signscale compare demo/run demo/student
 
 test: setup
-	$(BIN)/python -m pytest
+	$(TEST)
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(TEST) -m slow
 
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	@if command -v shellcheck >/dev/null || [ "$$CLUSTER_TESTS" = required ]; then \
+	  echo shellcheck $(SHELL_FILES); shellcheck $(SHELL_FILES); \
+	else echo "no shellcheck here: shell files unchecked"; fi
 
 format: setup
 	$(BIN)/ruff check --fix .

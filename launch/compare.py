@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.describe import add_measuring_options, read_model
-from trainer.errors import InputError, exit_on_input_error
+from trainer.errors import InputError
+from trainer.exits import exit_on_input_error
 from trainer.options import OptionParser
 
 # What needs torch is imported once the command line is known to be right.

@@ -15,7 +15,8 @@ import numpy as np
 
 from launch.lengths import Lengths, read_length_table, read_lengths
 from launch.plan import make_plan
-from trainer.errors import InputError, exit_on_input_error
+from trainer.errors import InputError
+from trainer.exits import exit_on_input_error
 from trainer.options import OptionParser, positive_count, positive_number
 from trainer.recipe import VIDEO_MODELS, Recipe, combination_problems
 

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.errors import InputError, exit_on_input_error
+from trainer.errors import InputError
+from trainer.exits import exit_on_input_error
 from trainer.files import write_json
 from trainer.options import OptionParser
 

@@ -18,7 +18,8 @@ from trainer.data.shards.pack_listing import compare_source, is_packed, known_cl
 from trainer.data.shards.pack_source import choose_splits, default_annotations
 from trainer.data.shards.pack_workers import StoppedError, WorkerPool
 from trainer.data.shards.verify import Verified, verify
-from trainer.errors import EXIT_INPUT_ERROR, InputError, exit_on_input_error, format_problems
+from trainer.errors import InputError, format_problems
+from trainer.exits import EXIT_INPUT_ERROR, exit_on_input_error
 from trainer.options import OptionParser
 
 EXIT_STOPPED = 130

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.errors import InputError, exit_on_input_error
+from trainer.errors import InputError
+from trainer.exits import exit_on_input_error
 from trainer.options import OptionParser
 from trainer.scoring.decoder import Decoder, add_decoder_options, check_decoder_options, open_decoder
 

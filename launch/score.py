@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.errors import InputError, exit_on_input_error, name_some
+from trainer.errors import InputError, name_some
+from trainer.exits import exit_on_input_error
 from trainer.options import OptionParser
 from trainer.scoring.ctm_stm import Transcripts, read_transcripts
 from trainer.scoring.protocols import PROTOCOLS, score

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.data.synthetic import EVALUATION_SHARE, SplitSummary, SyntheticSpec, write_corpus
-from trainer.errors import InputError, exit_on_input_error
+from trainer.errors import InputError
+from trainer.exits import exit_on_input_error
 from trainer.options import OptionParser
 
 _FRAME_SIZE = 64

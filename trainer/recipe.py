@@ -56,6 +56,8 @@ class CorpusRecipe:
     """Video: pixels a side that the model sees of them, the middle in evaluation (0: seven eighths, 224 of 256)."""
     overfit_clips: NonNegativeInt = 0
     """Train on this many training clips alone and evaluate on the same ones (0: off)."""
+    limit_clips: NonNegativeInt = 0
+    """Take the first clips of each split alone, this many at most, to try a recipe out (0: all)."""
     augment: bool = False
     """Augment training clips, seeded by (seed, epoch, clip id)."""
     augment_rescale: ClosedUnitInterval = 0.2
@@ -230,6 +232,8 @@ class RunRecipe:
     """Compile the model's blocks (torch.compile, one graph each for cells of any size); needs a C++ compiler."""
     deterministic: bool = False
     """Bit-identical repetition on a GPU too, at some cost (on the CPU it is always so)."""
+    detect_anomaly: bool = False
+    """Stop at the first operation whose gradient is not a number, and name it (several times slower; for debugging)."""
     log_every: PositiveInt = 50
     """Steps between two lines of metrics."""
     evaluate_every: NonNegativeInt = 0
@@ -323,6 +327,7 @@ FREE_ON_RESUME = frozenset(
         "max_frames_per_microbatch",
         "activation_checkpointing",
         "compile",
+        "detect_anomaly",
         "stop_after_steps",
         "log_every",
         "save_every",

@@ -54,7 +54,13 @@ def evaluate(
 
 @overload
 def evaluate(
-    engine: Engine, loader: EvaluationLoader, *, budget: int, protocol: Protocol, stop_requested: Callable[[], bool]
+    engine: Engine,
+    loader: EvaluationLoader,
+    *,
+    budget: int,
+    protocol: Protocol,
+    beam: BeamSearch | None = None,
+    stop_requested: Callable[[], bool],
 ) -> Evaluation | None: ...
 
 

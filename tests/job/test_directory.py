@@ -40,3 +40,24 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
         file.write("{half\n")
     with pytest.raises(InputError, match=r"attempts.jsonl:2"):
         job.history()
+
+
+def test_a_job_cancelled_while_it_waited_is_stopped_as_it_begins(tmp_path: Path) -> None:
+    job = JobDirectory.of(tmp_path)
+    job.add_submission("7")
+    job.cancel("cancelled by a test")
+    job.begin(AttemptRecord(attempt="7.0", began=1.0))
+    assert job.stop.read_text() == "cancelled by a test\n"
+    job.begin(AttemptRecord(attempt="7.1", began=2.0))
+    cancelled = job.cancelled()
+    assert cancelled is not None
+    assert cancelled.reason == "cancelled by a test"
+
+
+def test_launching_again_takes_a_cancellation_back(tmp_path: Path) -> None:
+    job = JobDirectory.of(tmp_path)
+    job.withdraw_cancellation()
+    job.cancel("cancelled by a test")
+    job.withdraw_cancellation()
+    assert job.cancelled() is None
+    assert not job.stop.exists()

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from trainer.data.npy import read_npy_header
 from trainer.errors import InputError, name_some
 
 _KEY = "features"
@@ -156,10 +156,7 @@ def _find_member(path: Path, archive: zipfile.ZipFile) -> _Member:
     key = _KEY if _KEY in names else names[0]
     info = archive.getinfo(f"{key}.npy")
     with archive.open(info) as file:
-        version = npy.read_magic(file)
-        read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, fortran_order, dtype = read_header(file)
-        header_size = file.tell()
+        shape, dtype, fortran_order, header_size = read_npy_header(file)
     what = f"{path}: array `{key}`"
     if dtype.hasobject:
         raise InputError(

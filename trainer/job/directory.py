@@ -40,6 +40,8 @@ class LastWord:
     """One line for people."""
     time: float
     """Unix seconds."""
+    code: int = 0
+    """Exit code of the command; 1 beside DONE: done, but not as well as was asked for (--target_wer, --max_wer)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,16 @@ class AttemptRecord:
     reason: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Cancellation:
+    """Somebody's wish that the job end for good: no requeue, no resubmission, no further attempt."""
+
+    reason: str
+    """One line for people: who, from where."""
+    time: float
+    """Unix seconds."""
+
+
 class JobDirectory:
     """The files of RUN/job. Every write is atomic; a reader needs no lock."""
 
@@ -81,6 +93,8 @@ class JobDirectory:
         self.attempts = folder / "attempts.jsonl"
         self.owner = folder / "owner.json"
         self.stop = folder / "STOP"
+        self.cancellation = folder / "CANCELLED"
+        """There while the job is not to be gone on with, whatever its last word; launching again removes it."""
         self.logs = folder / "logs"
         """logs/<attempt>.log is everything said; logs/<attempt>/ holds the launcher's files per rank."""
 
@@ -95,6 +109,9 @@ class JobDirectory:
         write_json(self.owner, {"attempt": record.attempt})
         for stale in (*(self.folder / word for word in WORDS), self.stop):
             stale.unlink(missing_ok=True)
+        if cancelled := self.cancelled():
+            # Cancelled while it waited: the STOP just removed was meant for this attempt.
+            self.request_stop(cancelled.reason)
         self._add(self.attempts, {"event": "begin"} | asdict(record))
 
     def end(self, attempt: str, *, step: int | None, word: Word | None, reason: str) -> None:
@@ -120,10 +137,10 @@ class JobDirectory:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{self.owner}: cannot be read ({error}); launch the job again") from error
 
-    def leave_word(self, word: Word, *, attempt: str, step: int | None, reason: str) -> None:
+    def leave_word(self, word: Word, *, attempt: str, step: int | None, reason: str, code: int = 0) -> None:
         """Leave an attempt's last word; one that is no longer the owner leaves none."""
         if self.owner_attempt() == attempt:
-            said = LastWord(word=word, attempt=attempt, step=step, reason=reason, time=time.time())
+            said = LastWord(word=word, attempt=attempt, step=step, reason=reason, time=time.time(), code=code)
             write_json(self.folder / word, asdict(said))
 
     def last_word(self) -> LastWord | None:
@@ -140,6 +157,28 @@ class JobDirectory:
     def request_stop(self, reason: str) -> None:
         """Ask the attempt that works now to save and leave; rank 0 looks for this between steps."""
         write_text(self.stop, reason + "\n")
+
+    def cancel(self, reason: str) -> None:
+        """Ask for the end of the whole job: the attempt that works now saves and leaves, and no other follows it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # In this order: whoever sees STOP obeyed must already find that the job is not to go on.
+        write_json(self.cancellation, asdict(Cancellation(reason=reason, time=time.time())))
+        self.request_stop(reason)
+
+    def cancelled(self) -> Cancellation | None:
+        """Tell whether the job was cancelled since it was launched; whoever would requeue or submit it asks first."""
+        try:
+            return Cancellation(**json.loads(self.cancellation.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{self.cancellation}: cannot be read ({error}); delete it to launch again") from error
+
+    def withdraw_cancellation(self) -> None:
+        """Launch again what was cancelled: forget the wish, and the request to stop that came with it."""
+        if self.cancellation.exists():
+            self.stop.unlink(missing_ok=True)
+            self.cancellation.unlink()
 
     def add_submission(self, job_id: str, **fields: Any) -> None:
         """Record a submission."""
