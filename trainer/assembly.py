@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
-from torch import nn
 
 from trainer.backbones import load_published, settle_norm
 from trainer.checkpoint.content import Checkpoint, RunState, read_checkpoint
@@ -23,7 +22,9 @@ from trainer.engine import Engine
 from trainer.errors import InputError, name_some
 from trainer.job.rank import NO_JOB, Job, NoJob
 from trainer.loop import TrainingRun
-from trainer.models.build import build_model, load_weights
+from trainer.models.auxiliary import AUXILIARY
+from trainer.models.build import build_model, load_weights, starts_fresh
+from trainer.models.recognizer import Recognizer
 from trainer.observe.progress import Progress
 from trainer.observe.trackers import open_trackers
 from trainer.recipe import VIDEO_MODELS, Recipe
@@ -66,11 +67,18 @@ def build_run(
         corpus = adopt_normalization(corpus, teacher, progress)
     distillation = make_distillation(teacher, recipe, corpus, engine, progress)
     model = build_model(recipe.model, feature_dim=corpus.normalization.feature_dim, num_classes=len(corpus.vocabulary))
+    # Drawn last, so that a model starts from the same weights with and without.
+    model.head.add_auxiliary(
+        visual=recipe.objective.classifies_visually,
+        reveals_features=distillation.compares_features,
+        teacher_features=distillation.num_features,
+    )
     if start is not None:
         _load_start(model, start, corpus, progress, where=str(path))
     elif said := load_published(model, recipe, engine):
         progress.say(said)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    extra = sum(weight.numel() for name, weight in model.named_parameters() if name.startswith(AUXILIARY))
+    parameters = sum(parameter.numel() for parameter in model.parameters()) - extra
     engine.prepare(model, recipe.optimization)
     state = RunState()
     if resumed is not None:
@@ -85,8 +93,9 @@ def build_run(
     if not engine.on_main(lambda: store.go_back_to(state, progress.say)):
         # The best checkpoint went with the steps that were lost: the next validation is the best one again.
         state.best = state.best_step = None
+    for_training = f" and {extra / 1e6:.2f} M for training alone" if extra else ""
     progress.say(
-        f"{recipe.model.model}: {parameters / 1e6:.1f} M parameters; {len(corpus.train)} training and "
+        f"{recipe.model.model}: {parameters / 1e6:.1f} M parameters{for_training}; {len(corpus.train)} training and "
         f"{len(corpus.dev)} dev clips, {len(corpus.vocabulary) - 1} glosses, {corpus.train.input_name}; "
         f"global batch {recipe.global_batch_size(engine.world_size)} clips on {engine.world_size} rank(s)"
     )
@@ -284,7 +293,9 @@ def _check_corpus(
         progress.say(f"warning: a global batch of {batch} clips leaves {engine.world_size - batch} ranks idle")
 
 
-def _load_start(model: nn.Module, start: Checkpoint, corpus: TrainingCorpus, progress: Progress, *, where: str) -> None:
+def _load_start(
+    model: Recognizer, start: Checkpoint, corpus: TrainingCorpus, progress: Progress, *, where: str
+) -> None:
     """Load weights into the bare model; classes are matched by gloss."""
     classes: list[int | None] | None = None
     if start.vocabulary != corpus.vocabulary:
@@ -295,4 +306,10 @@ def _load_start(model: nn.Module, start: Checkpoint, corpus: TrainingCorpus, pro
             f"{where}: its vocabulary differs; {len(classes) - 1 - len(fresh)} glosses keep their weights, "
             f"{len(fresh)} start fresh"
         )
+    own = model.state_dict()
+    left = [name for name in start.model if name.startswith(AUXILIARY) and name not in own]
+    fresh_parts = starts_fresh(own, start.model, by_class=classes is not None)
+    for names, what in ((left, "left out"), (fresh_parts, "started fresh")):
+        if names:
+            progress.say(f"{where}: {name_some(names)}: for training alone, {what}")
     load_weights(model, start.model, classes=classes, where=where)

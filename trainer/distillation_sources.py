@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from trainer.checkpoint.content import Checkpoint, read_checkpoint
 from trainer.checkpoint.store import find_checkpoint
@@ -20,7 +19,7 @@ from trainer.data.normalization import Normalization
 from trainer.data.prepare import TrainingCorpus
 from trainer.data.table import Split
 from trainer.data.vocabulary import Vocabulary
-from trainer.distillation import RECORD, Distillation, Source, Undistilled
+from trainer.distillation import RECORD, Answer, Distillation, Source, Undistilled
 from trainer.engine import Engine
 from trainer.engine.replicated import ReplicatedEngine
 from trainer.errors import InputError, TrainingFailedError, name_some
@@ -48,6 +47,7 @@ class OnlineTeacher:
         self.wer: float | None = None
         self.protocol: str = recipe.run.protocol
         self._student_stride = recipe.model.total_stride
+        self._reveals_features = recipe.distillation.feature_weight > 0
         run = dataclasses.replace(
             recipe.run,
             mixed_precision=recipe.distillation.teacher_precision,
@@ -57,12 +57,19 @@ class OnlineTeacher:
         # An engine of its own, without an optimizer: no backend wraps, shards or saves the teacher.
         self.engine = ReplicatedEngine(engine.processes, run)
 
-    def log_probs(self, cell: MicroBatch, *, made_up: bool = False) -> Tensor:
-        """Return log-probabilities of the clips as the student sees them, `[M, V]`."""
+    @property
+    def num_features(self) -> int | None:
+        """Return the size of what the classifier sees, where the student's is compared with it."""
+        model = self.checkpoint.recipe.model
+        return 2 * int(model.rnn_size or 0) if self._reveals_features else None
+
+    def answer(self, cell: MicroBatch, *, made_up: bool = False) -> Answer:
+        """Return what the teacher says of the clips as the student sees them."""
         layout = dataclasses.replace(cell.layout, row_seeds=None)
         if self.total_stride != self._student_stride:
             layout = lay_out(np.array(layout.input_lengths), self.total_stride).to(cell.features.device)
-        return float32_log_probs(self.engine.forward(cell.features, layout))
+        outputs = self.engine.forward(cell.features, layout)
+        return Answer(log_probs=float32_log_probs(outputs.logits), features=outputs.features)
 
     def check(self, corpus: TrainingCorpus, recipe: Recipe, engine: Engine, progress: Progress) -> None:
         """Refuse another vocabulary, dimension or normalisation; load the model; measure its dev WER."""
@@ -88,6 +95,7 @@ class OnlineTeacher:
                 num_classes=len(self.checkpoint.vocabulary),
             )
         load_weights(model, self.checkpoint.model, where=self.where)
+        model.head.add_auxiliary(reveals_features=self._reveals_features)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.engine.prepare(model, None)
@@ -108,6 +116,8 @@ class OnlineTeacher:
 class CachedTeacher:
     """A teacher known by the soft targets that it left of the training clips."""
 
+    num_features: int | None = None
+
     def __init__(self, folder: Path, device: torch.device) -> None:
         """Open the soft targets."""
         self.where = str(folder)
@@ -119,13 +129,14 @@ class CachedTeacher:
         self._device = device
         self._train: Split | None = None
 
-    def log_probs(self, cell: MicroBatch, *, made_up: bool = False) -> Tensor:
-        """Return the stored log-probabilities of a cell's clips, `[M, V]`."""
+    def answer(self, cell: MicroBatch, *, made_up: bool = False) -> Answer:
+        """Return the stored log-probabilities of a cell's clips."""
         if made_up:
             frames = sum(-(-length // self.total_stride) for length in cell.layout.input_lengths)
-            return stand_in(frames, self.stored.job.num_classes, self._device)
+            return Answer(log_probs=stand_in(frames, self.stored.job.num_classes, self._device))
         assert self._train is not None, "soft targets that nobody checked"
-        return torch.cat([self.stored.log_probs(self._train.id(clip)) for clip in cell.clips]).to(self._device)
+        stored = torch.cat([self.stored.log_probs(self._train.id(clip)) for clip in cell.clips])
+        return Answer(log_probs=stored.to(self._device))
 
     def check(self, corpus: TrainingCorpus, recipe: Recipe, engine: Engine, progress: Progress) -> None:
         """Refuse targets of other clips or glosses, and damaged ones."""

@@ -213,7 +213,7 @@ def _extract(
                     # The shard at hand is begun anew by whoever goes on.
                     return len(mine) - done
                 [index] = cell.clips
-                log_probs = float32_log_probs(engine.forward(cell.features, cell.layout)).cpu()
+                log_probs = float32_log_probs(engine.forward(cell.features, cell.layout).logits).cpu()
                 if not bool(log_probs.isfinite().all()):
                     raise InputError(
                         f"clip {part.id(index)}: the teacher's outputs are not finite; extract in another "

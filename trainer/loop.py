@@ -27,6 +27,7 @@ from trainer.exits import Outcome
 from trainer.files import write_json
 from trainer.job.rank import NO_JOB, Job, NoJob
 from trainer.layout import slot_frames
+from trainer.loss import StepLoss
 from trainer.memory.budget import FrameBudget
 from trainer.memory.probe import choose_budget
 from trainer.observe.progress import Progress
@@ -172,9 +173,8 @@ class TrainingRun:
                         reload=reload,
                         learning_rate=rate,
                         gradient_clip=self.recipe.optimization.gradient_clip,
-                        label_smoothing=self.recipe.objective.label_smoothing,
+                        loss=StepLoss(objective=self.recipe.objective, distillation=self.distillation),
                         stop_requested=self.stop.requested,
-                        distillation=self.distillation,
                     )
                 except BrokenPassError as error:
                     self.relief.descend_alone(
@@ -210,7 +210,6 @@ class TrainingRun:
             outcome,
             learning_rate=rate,
             seconds=seconds,
-            distilled=self.distillation.active,
         )
         self.stop.time.note_step(seconds)
         if self.engine.is_main:
@@ -302,9 +301,6 @@ class TrainingRun:
         metrics: dict[str, Any] = {"step": self.state.step, "epoch": self.state.epoch, **means(self.state.window)}
         if self.state.window:
             metrics["skipped_steps"] = self.state.skipped_steps
-        if "train/ctc_loss" in metrics:
-            part = self.distillation.part(metrics["train/loss"], metrics["train/ctc_loss"])
-            metrics["train/distillation_loss"] = part
         metrics |= extra
         self.state.window = {}
         for tracker in self.trackers:

@@ -147,6 +147,17 @@ class ObjectiveRecipe:
     """Weight of the KL term towards the uniform distribution on valid frames."""
     mixup_alpha: NonNegativeFloat = 0.0
     """Beta parameter of temporal mixup between two clips of a global batch (0: off)."""
+    visual_ctc_weight: NonNegativeFloat = 0.0
+    """Weight of CTC on an auxiliary classifier of the visual features, before the BiLSTM (0: off; VAC: 1)."""
+    alignment_weight: NonNegativeFloat = 0.0
+    """Weight of T^2 x KL(model || that classifier) per frame, which aligns it with the model (0: off; VAC: 25)."""
+    alignment_temperature: PositiveFloat = 8.0
+    """Temperature T of both distributions in that divergence."""
+
+    @property
+    def classifies_visually(self) -> bool:
+        """Tell whether training needs the auxiliary classifier."""
+        return self.visual_ctc_weight > 0 or self.alignment_weight > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +176,8 @@ class DistillationRecipe:
     """Weight of the frames on which the teacher's likeliest class is the blank (1: kept, 0: excluded)."""
     distill_labels: Literal["annotations", "teacher"] = "annotations"
     """Glosses that CTC learns: those annotated, or as the teacher decodes the clip (sequence-level distillation)."""
+    feature_weight: NonNegativeFloat = 0.0
+    """Weight of 1 - cos of the features that the classifiers of teacher and student see, per frame (online; 0: off)."""
     teacher_precision: Literal["no", "fp16", "bf16"] = "no"
     """Precision of the teacher's forward pass, whatever the student's is."""
     target_ratio: PositiveFloat | None = None
@@ -329,8 +342,8 @@ FREE_ON_RESUME = frozenset(
 )
 
 
-def combination_problems(recipe: Recipe) -> list[str]:
-    """List what is impossible in combination, each with its mend."""
+def combination_problems(recipe: Recipe, *, needs_corpus: bool = True) -> list[str]:
+    """List what is impossible in combination, each with its mend; without a corpus nothing is, where one is needed."""
     corpus, model, opt, run = recipe.corpus, recipe.model, recipe.optimization, recipe.run
     problems = [
         f"{name}: {value} is not a finite number; choose one"
@@ -339,7 +352,7 @@ def combination_problems(recipe: Recipe) -> list[str]:
     ]
     if run.seed >= 2**64:
         problems.append(f"seed: {run.seed} has more than 64 bits; choose a smaller one")
-    if not corpus.data_dir:
+    if needs_corpus and not corpus.data_dir:
         problems.append("data_dir: not given; name the folder that holds train/, dev/ and test/ (--data_dir DIR)")
     if "{" in corpus.annotations and "{split}" not in corpus.annotations:
         problems.append(
@@ -383,6 +396,13 @@ def _distillation_problems(recipe: Recipe) -> list[str]:
         problems.append(
             "teacher and soft_targets: a student learns from one of them; drop --soft_targets (online), or --teacher "
             "(cached)"
+        )
+    if distillation.feature_weight and not distillation.teacher:
+        problems.append(
+            "feature_weight: stored soft targets hold no features; let the teacher be asked in every step (--teacher "
+            "RUN instead of --soft_targets), or set feature_weight to 0"
+            if distillation.soft_targets
+            else "feature_weight: compares with a teacher's features, and none is named; add --teacher RUN, or drop it"
         )
     if distillation.distill_labels == "teacher":
         if not (distillation.teacher or distillation.soft_targets):

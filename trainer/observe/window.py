@@ -18,7 +18,6 @@ def add_step(
     *,
     learning_rate: float,
     seconds: float,
-    distilled: bool,
 ) -> None:
     """Add a step to the sums; a skipped step counts in time alone."""
     sums = {
@@ -32,8 +31,7 @@ def add_step(
     }
     if outcome.applied:
         sums |= {"steps": 1.0, "loss": outcome.loss, "grad_norm": outcome.grad_norm}
-        if distilled:
-            sums["ctc_loss"] = outcome.ctc_loss
+        sums |= {f"train/{name}": value for name, value in outcome.terms.items()}
     for name, value in sums.items():
         window[name] = window.get(name, 0.0) + value
     window["lr"] = learning_rate
@@ -53,6 +51,5 @@ def means(window: dict[str, float]) -> dict[str, Any]:
         "rank_imbalance": window["imbalance"] / window["all_steps"],
         "data_wait_fraction": window["wait_seconds"] / window["rank_seconds"],
     }
-    if "ctc_loss" in window:
-        metrics["train/ctc_loss"] = window["ctc_loss"] / applied
-    return metrics
+    # The terms of the loss, where it has several.
+    return metrics | {name: value / applied for name, value in window.items() if name.startswith("train/")}
