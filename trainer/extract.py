@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> Outcome:
             if left:
                 said = f"stopped {stop.reason} with {left} of {count} shards to go; the same command goes on ({output})"
                 progress.say(said)
-                return Outcome(1, said, word="RESUME")
+                return Outcome(1, said, step=count - left, word="RESUME")
             wer = _teacher_wer(engine, corpus, checkpoint, options, progress)
             facts = {"checkpoint": str(folder), "teacher_wer": wer, "protocol": checkpoint.recipe.run.protocol}
             engine.on_main(lambda: shards.publish(count, checkpoint.vocabulary, facts))

@@ -5,20 +5,26 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from tests.conftest import TINY
 from tests.job.test_rank import hold
 from tests.publishing import publish
+from trainer.engine import Processes
 from trainer.errors import InputError, TrainingFailedError
 from trainer.evaluate import main as evaluate
 from trainer.exits import Outcome
 from trainer.extract import main as extract
+from trainer.job import rank
 from trainer.job.directory import ATTEMPT, END_TIME, JOB, TOKEN, AttemptRecord, JobDirectory
+from trainer.recipe import RunRecipe
+from trainer.softtargets.store import ShardFolder
 from trainer.train import main as train
 
 STEPS = ["--max_steps", "8", "--log_every", "1", "--evaluate_every", "8", "--num_workers", "0"]
@@ -60,6 +66,14 @@ def end(monkeypatch: pytest.MonkeyPatch) -> None:
 def say(outcome: int) -> tuple[int, str, int | None]:
     assert isinstance(outcome, Outcome)
     return int(outcome), outcome.word, outcome.step
+
+
+def then(function: Callable[..., None], afterwards: Callable[[], None]) -> Callable[..., None]:
+    def both(*arguments: Any) -> None:
+        function(*arguments)
+        afterwards()
+
+    return both
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +134,14 @@ def test_a_plain_command_is_refused_while_a_job_or_another_command_works_on_the_
     assert say(train([*flags, "--resume", "auto", "--stop_after_steps", "1"])) == (0, "RESUME", 2)
 
 
+def test_anomaly_detection_is_on_where_the_recipe_asks_for_it() -> None:
+    try:
+        Processes(RunRecipe(detect_anomaly=True))
+        assert torch.is_anomaly_enabled()
+    finally:
+        torch.autograd.set_detect_anomaly(False)
+
+
 def test_an_evaluation_that_is_stopped_writes_no_report(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,10 +173,12 @@ def test_an_extraction_that_is_stopped_goes_on_where_it_was(
 ) -> None:
     out = tmp_path / "targets"
     flags = ["--checkpoint", str(teacher), "--output", str(out), "--shard_clips", "10", "--num_workers", "0"]
-    begin(monkeypatch, out, "7.0").request_stop("asked by a test")
+    job = begin(monkeypatch, out, "7.0")
+    monkeypatch.setattr(ShardFolder, "write", then(ShardFolder.write, lambda: job.request_stop("asked by a test")))
+    monkeypatch.setattr(rank, "_SECONDS_BETWEEN_LOOKS", 0.0)
     outcome = extract(flags)
-    assert say(outcome) == (1, "RESUME", None)
-    assert outcome.reason.startswith("stopped on request (asked by a test) with 4 of 4 shards to go")
+    assert say(outcome) == (1, "RESUME", 1)
+    assert outcome.reason.startswith("stopped on request (asked by a test) with 3 of 4 shards to go")
     assert not (out / "manifest.json").exists()
     begin(monkeypatch, out, "7.1")
     assert say(extract(flags)) == (0, "DONE", None)
