@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from tests.conftest import TINY
 from tests.job.test_rank import hold
 from tests.publishing import publish
+from trainer import extract as extraction
 from trainer.engine import Processes
 from trainer.errors import InputError, TrainingFailedError
 from trainer.evaluate import main as evaluate
@@ -68,10 +69,11 @@ def say(outcome: int) -> tuple[int, str, int | None]:
     return int(outcome), outcome.word, outcome.step
 
 
-def then(function: Callable[..., None], afterwards: Callable[[], None]) -> Callable[..., None]:
-    def both(*arguments: Any) -> None:
-        function(*arguments)
+def then(function: Callable[..., Any], afterwards: Callable[[], None]) -> Callable[..., Any]:
+    def both(*arguments: Any) -> Any:
+        result = function(*arguments)
         afterwards()
+        return result
 
     return both
 
@@ -173,13 +175,22 @@ def test_an_extraction_that_is_stopped_goes_on_where_it_was(
 ) -> None:
     out = tmp_path / "targets"
     flags = ["--checkpoint", str(teacher), "--output", str(out), "--shard_clips", "10", "--num_workers", "0"]
-    job = begin(monkeypatch, out, "7.0")
+    job, write = begin(monkeypatch, out, "7.0"), ShardFolder.write
     monkeypatch.setattr(ShardFolder, "write", then(ShardFolder.write, lambda: job.request_stop("asked by a test")))
     monkeypatch.setattr(rank, "_SECONDS_BETWEEN_LOOKS", 0.0)
     outcome = extract(flags)
     assert say(outcome) == (1, "RESUME", 1)
     assert outcome.reason.startswith("stopped on request (asked by a test) with 3 of 4 shards to go")
     assert not (out / "manifest.json").exists()
-    begin(monkeypatch, out, "7.1")
+    # Once more, behind the last shard: the dev split is not evaluated to its end then.
+    job = begin(monkeypatch, out, "7.1")
+    assert say(extract(flags)) == (1, "RESUME", 2)
+    monkeypatch.setattr(ShardFolder, "write", write)
+    job = begin(monkeypatch, out, "7.2")
+    monkeypatch.setattr(extraction, "_teacher_wer", then(extraction._teacher_wer, lambda: job.request_stop("again")))
+    assert say(extract(flags)) == (1, "RESUME", 4)
+    assert not (out / "manifest.json").exists()
+    monkeypatch.undo()
+    begin(monkeypatch, out, "7.3")
     assert say(extract(flags)) == (0, "DONE", None)
     assert (out / "manifest.json").exists()
