@@ -28,7 +28,7 @@ from launch.slurm import control
 from launch.slurm.control import ControlError
 from launch.slurm.decision import ENDED_BY_SLURM, Decision, Preflight, Situation, decide
 from launch.slurm.environment import attempt_name, job_name, task_number
-from launch.slurm.relay import ExitNoise, relay, telling_line
+from launch.slurm.relay import ExitNoise, notice_of_cancellation, relay, telling_line
 from launch.slurm.submit import submit
 from trainer.errors import InputError
 from trainer.exits import exit_on_input_error
@@ -252,7 +252,7 @@ def _conclude(leading: Leading, found: Preflight | None) -> int:
             earlier=[record for record in job.history() if record.attempt != attempt],
             word=word,
             saved=saved,
-            asked=_asked_to_end(job, state),
+            asked=_asked_to_end(leading, state),
             preflight=found,
             nodes=control.node_names(leading.nodes) if found is not None and not found.ok else (),
             may_requeue=state.get("Requeue", "1") == "1",
@@ -273,11 +273,12 @@ def _conclude(leading: Leading, found: Preflight | None) -> int:
     return word.code if decision.action == "done" and word is not None else 1
 
 
-def _asked_to_end(job: JobDirectory, state: dict[str, str]) -> str | None:
-    if (cancelled := job.cancelled()) is not None:
+def _asked_to_end(leading: Leading, state: dict[str, str]) -> str | None:
+    if (cancelled := leading.job.cancelled()) is not None:
         return cancelled.reason
-    # SLURM would requeue even a job that was cancelled.
-    return "scancel" if state.get("JobState") == "CANCELLED" else None
+    # SLURM would requeue even a job that was cancelled; and while it ends it, it does not say why.
+    ending = state.get("JobState") == "COMPLETING" and notice_of_cancellation(leading.log) == ""
+    return "scancel" if ending or state.get("JobState") == "CANCELLED" else None
 
 
 def _requeue(leading: Leading, decision: Decision) -> None:
