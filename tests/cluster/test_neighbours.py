@@ -28,6 +28,7 @@ def test_a_task_of_an_array_is_requeued_alone(shared_cluster: Cluster, tmp_path:
         for run in runs:
             job.wait_for_step(1, run)
         job.warn(f"{job.job_id}_1")
+        shared_cluster.wait_for_requeue(f"{job.job_id}_1")
         for task in (1, 0):
             job.finish(f"{job.job_id}_{task}", runs[task])
             job.check_complete(runs[task])
