@@ -86,7 +86,7 @@ def _judge_live(e: Evidence, job: QueuedJob, blame: Callable[[QueuedJob], str | 
         slurm = "" if job.state == "RUNNING" else f", {job.state} in SLURM's words"
         return Verdict(state="RUNNING", why=f"{where}{spent}{slurm}", next=_watch(e), job=job)
     wait = explain_wait(job)
-    other = blame(job)
+    other = "; ".join(e.lacking) or blame(job)
     wait = f"{wait}: {other}" if other else wait
     start = ""
     if job.start is not None and job.start > e.now:
@@ -172,6 +172,9 @@ def _judge_never_begun(e: Evidence, blame: Callable[[QueuedJob], str | None]) ->
     number = e.submissions[-1]["job_id"]
     if e.cancelled:
         return Verdict(state="CANCELLED", why=f"{e.cancelled.reason} before it began", next=_again(e))
+    if e.lacking:
+        # SLURM cancelled it, and forgets that in minutes.
+        return Verdict(state="CANCELLED", why=f"job {number} never began: {'; '.join(e.lacking)}", next=_again(e))
     if last is None:
         why = f"job {number} is no longer in the queue and never began"
         return Verdict(state="LOST", why=why, next=_again(e))

@@ -14,7 +14,6 @@ from launch.jobs.plain_run import judge_plain
 from launch.jobs.queue import Queue, find_parents
 from launch.jobs.traces import METRICS, Progress, read_progress, tail
 from launch.jobs.words import say_duration, say_time
-from launch.pipeline.record import find_lacking
 from launch.slurm.squeue import QueuedJob
 from launch.slurm.states import explain_end, has_ended
 from trainer.errors import InputError
@@ -196,9 +195,6 @@ def _overrides(plan: dict[str, Any], task: int | None) -> dict[str, Any]:
 
 def _blame(e: Evidence, queue: Queue) -> str | None:
     """Name the jobs that the newest submission was to come after, and what became of them."""
-    if lacking := find_lacking(e.directory):
-        # A stage of a pipeline; the words of those before it outlive SLURM's memory.
-        return "; ".join(lacking)
     line = e.submissions[-1]
     parts = []
     for job_id in find_parents(line):

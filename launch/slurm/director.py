@@ -24,10 +24,12 @@ from pathlib import Path
 from types import FrameType
 
 from launch.jobs.plan import Plan
+from launch.pipeline.record import begin
 from launch.slurm import control
 from launch.slurm.control import ControlError
 from launch.slurm.decision import ENDED_BY_SLURM, Decision, Preflight, Situation, decide
 from launch.slurm.environment import attempt_name, job_name, task_number
+from launch.slurm.needs import redirect_children
 from launch.slurm.relay import ExitNoise, relay, telling_line
 from launch.slurm.submit import submit
 from trainer.errors import InputError
@@ -129,6 +131,8 @@ def main(argv: Sequence[str]) -> int:
             pid=os.getpid(),
         )
     )
+    if (lacking := begin(leading.job)) is not None:
+        return _refuse(leading, lacking)
     requests.open()
     say(f"attempt {leading.attempt} on {leading.nodes}; its output: {leading.log}")
     found = None
@@ -139,6 +143,14 @@ def main(argv: Sequence[str]) -> int:
             _run(command, leading, environment)
     requests.close()
     return _conclude(leading, found)
+
+
+def _refuse(leading: Leading, lacking: str) -> int:
+    """End a pipeline's stage whose turn it is not: SLURM's dependencies know exit codes, not what was done."""
+    leading.job.leave_word("FAILED", attempt=leading.attempt, step=leading.saved_step(), reason=lacking, code=1)
+    leading.job.end(leading.attempt, step=leading.saved_step(), word="FAILED", reason=lacking)
+    say(lacking)
+    return 1
 
 
 def say(text: str) -> None:
@@ -312,7 +324,10 @@ def _resubmit(leading: Leading, decision: Decision, refusal: str) -> None:
         reason = f"SLURM takes the job neither back nor anew: {refusal}{'; '.join(error.problems)}"
         leading.job.leave_word("FAILED", attempt=leading.attempt, step=leading.saved_step(), reason=reason, code=1)
         return say(reason)
-    return say(f"{refusal}submitted anew as {job_id}")
+    say(f"{refusal}submitted anew as {job_id}")
+    for line in redirect_children(leading.job):
+        say(line)
+    return None
 
 
 if __name__ == "__main__":
