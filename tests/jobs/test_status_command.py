@@ -83,7 +83,7 @@ def test_a_saved_run_can_be_gone_on_with(launch: Launch) -> None:
     job.end("local-1-1", step=12, word="RESUME", reason="stopped on request")
     report = status(job)
     assert (report.state, report.job) == ("STOPPED", None)
-    assert report.next[0].startswith("signscale launch local -- train")
+    assert report.next[0].startswith("signscale launch local --processes=2 -- train")
 
 
 def test_without_slurm_an_open_end_is_not_guessed(launch: Launch) -> None:
@@ -261,7 +261,7 @@ def test_jobs_names_a_folder_it_may_not_read(tmp_path: Path, launch: Launch) -> 
     closed.mkdir(mode=0)
     # root may read everything; the current folder needs no way to it, which is this user's alone.
     code = (
-        "import os, sys; from launch.job_list import main\n"
+        "import os, sys, launch.jobs.options; from launch.job_list import main\n"
         "if os.geteuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         "sys.exit(main(['.']))"
     )
