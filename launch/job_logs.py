@@ -42,8 +42,8 @@ def _print(options: argparse.Namespace) -> int:
     if not any(path.exists() for path in sources):
         print(_explain_silence(options, attempt), file=sys.stderr)
         return 1
-    printer = Printer(sources, sys.stdout)
-    printer.drain()
+    if not Printer(sources, sys.stdout).drain():
+        print(f"{' and '.join(map(str, sources))}: nothing has been written yet", file=sys.stderr)
     return 0
 
 
