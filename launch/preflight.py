@@ -93,6 +93,8 @@ def _lead(asked: Namespace, job: JobDirectory, attempt: str) -> dict[str, Any]:
         cpu=bool(plan.get("use_cpu", False)),
         # A command without torch has no devices to look at.
         ranks=plan.get("launcher", "accelerate") == "accelerate",
+        # The job goes back into the queue without the bad nodes, and comes here again.
+        hasty=True,
         patience=asked.patience,
         limit=asked.limit,
     )
