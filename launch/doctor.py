@@ -54,8 +54,8 @@ def format_findings(found: dict[str, Any], *, width: int | None = None) -> str:
     """Lay findings out as one table, long values and mends broken to lines."""
     findings = [Finding.from_json(one) for one in found["findings"]]
     width = min(_WIDEST, max(_NARROWEST, width or shutil.get_terminal_size((140, 24)).columns))
-    first = max(len(one.check) for one in findings)
-    verdict = max(len(one.verdict) for one in findings)
+    first = max(len(_HEADINGS[0]), *(len(one.check) for one in findings))
+    verdict = len(_HEADINGS[2])
     rest = width - first - verdict - 6
     widths = (first, rest - rest // 3, verdict, rest // 3)
     rows = [_HEADINGS, *((one.check, one.value, one.verdict, one.mend) for one in findings)]

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from launch.slurm.environment import clean
 from launch.slurm.options import SlurmOptions
 from trainer.doctor.finding import Finding, shorten
 from trainer.doctor.node import FINDINGS, Options
+from trainer.errors import InputError
 from trainer.job.directory import JobDirectory
 
 _POLL_SECONDS = 0.5
@@ -47,8 +49,13 @@ def examine_on_slurm(folder: Path, asked: Options, slurm: SlurmOptions) -> dict[
     dataclasses.replace(
         asked, nodes=slurm.nodes, ranks_per_node=slurm.ranks, cpu=asked.cpu or not slurm.gpu_count
     ).write(report)
-    plan = write(plan)
-    job_id = submit(plan.job.script, job=plan.job)
+    try:
+        plan = write(plan)
+        job_id = submit(plan.job.script, job=plan.job)
+    except InputError:
+        # Nothing was started: nothing is left.
+        shutil.rmtree(folder)
+        raise
     say(f"queued as job {job_id} on {slurm.nodes} node(s), waiting for it; its output: {plan.job.logs}")
     with _cancelling(job_id):
         _wait(plan.job, report / FINDINGS)

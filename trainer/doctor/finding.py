@@ -76,7 +76,7 @@ def join_alike(findings: Sequence[Finding]) -> list[Finding]:
     for one in findings:
         if one.verdict == "ok" and counts[one.check] > 1:
             if one.check not in seen:
-                joined.append(replace(one, value=f"{one.value} (and {counts[one.check] - 1} more nodes)", nodes=()))
+                joined.append(replace(one, value=f"{one.value} (and {counts[one.check] - 1} more)", nodes=()))
             seen.add(one.check)
         else:
             joined.append(one)
