@@ -11,7 +11,7 @@ from pathlib import Path
 from launch.jobs.evidence import read_plan
 from launch.jobs.following import Printer, follow
 from launch.jobs.judging import ACTIVE
-from launch.jobs.logs import find_attempt, find_sources
+from launch.jobs.logs import find_attempt, find_outputs, find_sources
 from launch.jobs.report import RunReport, check_is_run, has_job, report_run
 from trainer.errors import InputError
 from trainer.exits import exit_on_input_error
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
 def _print(options: argparse.Namespace) -> int:
     directory, ranks_per_node = _open(options.run)
     attempt = find_attempt(directory, options.attempt)
-    sources = find_sources(directory, attempt, options.rank, ranks_per_node) if attempt else []
+    sources = find_sources(directory, attempt, options.rank, ranks_per_node) if attempt else find_outputs(directory)
     if not any(path.exists() for path in sources):
         report = report_run(options.run)
         what = f"rank {options.rank} has written nothing yet" if options.rank is not None else "no log yet"

@@ -16,7 +16,7 @@ import yaml
 
 from launch.jobs.options import LocalOptions
 from launch.jobs.plan import Plan
-from launch.jobs.ranks import SIGNALS
+from launch.jobs.ranks import NUMA_BINDING, SIGNALS
 from launch.jobs.snapshot import ROOT
 from launch.jobs.terminal import Terminal
 from trainer.errors import InputError
@@ -35,7 +35,7 @@ def choose_devices(options: LocalOptions, named: str) -> tuple[int, bool, str]:
     ranks = options.processes or max(1, gpus)
     if gpus and ranks > gpus:
         raise InputError(
-            f"--processes {ranks}: there are {gpus} GPUs, and a rank needs one; ask for fewer, or add --cpu"
+            f"--processes {ranks}: {gpus} GPU(s) are visible, and each rank needs one; lower it, or add --cpu"
         )
     if named:
         name = named
@@ -126,7 +126,7 @@ def environment(plan: Plan, job: JobDirectory, attempt: str) -> dict[str, str]:
         found["ACCELERATE_USE_CPU"] = "true"
     elif shutil.which("numactl") and count_numa_nodes() > 1:
         # Each rank on the cores and the memory beside its GPU.
-        found.setdefault("PET_NUMA_BINDING", "node")
+        found.setdefault(NUMA_BINDING, "node")
     return found
 
 

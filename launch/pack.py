@@ -81,8 +81,8 @@ same command goes on where it was. Exit codes: 0 packed, 2 a mistake in the inpu
     return parser
 
 
-def main(argv: Sequence[str]) -> int:
-    """Pack, verify or compare as the flags say. Raises `InputError` on a mistake in flags or source."""
+def parse_options(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line. Raises `InputError` for what shows without a look at the source."""
     options = _build_parser().parse(argv)
     if options.shard_mb <= 0:
         raise InputError(f"--shard_mb: expected a size above 0, found {options.shard_mb:g}; 512 suits most disks")
@@ -96,6 +96,12 @@ def main(argv: Sequence[str]) -> int:
             )
     if Path(options.out).resolve().is_relative_to(Path(options.source).resolve()):
         raise InputError(f"OUT: {options.out} lies inside SOURCE; choose a folder beside it")
+    return options
+
+
+def main(argv: Sequence[str]) -> int:
+    """Pack, verify or compare as the flags say. Raises `InputError` on a mistake in flags or source."""
+    options = parse_options(argv)
     if is_packed(Path(options.source)):
         raise InputError(f"SOURCE: {options.source} is packed already; name the corpus it was packed from")
     spec = PackSpec(

@@ -27,8 +27,8 @@ RECIPE = "recipe.yaml"
 def prepare(way: Way, options: LaunchOptions, command: Sequence[str], *, tasks: Sequence[Task] | None = None) -> Plan:
     """Resolve everything and check it; nothing is written.
 
-    `tasks` makes it a job array. Raises `InputError` with what is wrong in the command, the options, the run's folder or
-    the job that works in it already.
+    `tasks` makes it a job array. Raises `InputError` with what is wrong in the command, the options or the run's
+    folder, or if a job works in it already.
     """
     run = options.common.run
     understood = understand(command, run=Path(run) if run else None)
@@ -106,7 +106,7 @@ def describe(plan: Plan, options: LaunchOptions) -> str:
         ("run", str(plan.run)),
         ("job", str(plan.job.folder)),
         ("ranks", ranks),
-        ("devices", "CPUs" if plan.use_cpu else "GPUs"),
+        ("devices", "CPUs" if plan.use_cpu else "the first GPU, or the CPU" if plan.way == "debug" else "GPUs"),
         ("launcher", "in this process" if plan.accelerate_config is None else plan.launcher),
         ("accelerate", str(plan.accelerate_config)),
         ("interpreter", plan.interpreter),

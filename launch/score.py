@@ -18,7 +18,7 @@ from trainer.scoring.wer import WerCounts
 
 def main(argv: Sequence[str]) -> int:
     """Score a hypothesis file against a reference file; InputError for a user's mistake."""
-    arguments = _parse(argv)
+    arguments = parse_options(argv)
     _refuse_swapped(arguments.reference, arguments.hypothesis)
     references = read_transcripts(arguments.reference, read_csv=_read_reference_csv)
     hypotheses = read_transcripts(arguments.hypothesis, read_csv=_read_hypothesis_csv)
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser = OptionParser(
         prog="signscale score",
         description="Word error rate of a hypothesis file, errors pooled over all clips of the references.",

@@ -11,7 +11,7 @@ from trainer.job.directory import JOB
 
 _PR_SET_PDEATHSIG = 1
 _LAUNCHED = "TORCHELASTIC_RUN_ID"
-"""Set by torchrun, and so by accelerate launch on several ranks; a single rank of a launched job is known by its job."""
+"""Set by torchrun, and so by accelerate launch on several ranks; a single launched rank is known by its job."""
 
 
 def end_with_launcher() -> None:

@@ -36,7 +36,7 @@ def find_live(job: JobDirectory) -> str | None:
 
 
 def queue_state(job_id: str, cluster: str | None) -> str | None:
-    """Return the state in which squeue knows a job, in lower case; None for one that is over, or cannot be asked for."""
+    """Return the state in which squeue knows a job, in lower case; None for one that is over or cannot be asked for."""
     if shutil.which("squeue") is None:
         return None
     command = ["squeue", "--noheader", "--jobs", job_id, "--format", "%T"]

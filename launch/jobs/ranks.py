@@ -20,11 +20,15 @@ from trainer.job.directory import ATTEMPT, JOB, JobDirectory
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 
 
+NUMA_BINDING = "SIGNSCALE_NUMA_BINDING"
+"""Environment: how torchrun binds ranks to the cores beside their GPUs (its --numa-binding, which accelerate lacks)."""
+
+
 def main(argv: Sequence[str]) -> int:
     """Start the ranks as `accelerate launch ARGV…`, or `plain N DIRECTORY MODULE ARGV…`; return the exit code.
 
-    0: all ranks ended well; 2: a rank met a mistake of the user's, which it has told; 1: anything else. Node 0 leaves the
-    attempt's last word where the command itself left none.
+    0: all ranks ended well; 2: a rank met a mistake of the user's, which it has told; 1: anything else. Node 0 leaves
+    the attempt's last word where the command itself left none.
     """
     launcher, *rest = argv
     code = _run_plainly(rest) if launcher == "plain" else _run_by_accelerate(rest)
@@ -45,12 +49,20 @@ def _leave_word(code: int) -> None:
 
 
 def _run_by_accelerate(argv: Sequence[str]) -> int:
-    # Only here: a question for help need not wait for torch.
+    # torchrun reports in pages what the ranks have said in a line. Its loggers read this once, as they are made.
+    level = os.environ.get("LOGLEVEL")
+    os.environ["LOGLEVEL"] = level or "CRITICAL"
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    if level is None:
+        del os.environ["LOGLEVEL"]
+    _outlive_signals()
     arguments = launch_command_parser().parse_args(list(argv))
+    if binding := os.environ.get(NUMA_BINDING):
+        # accelerate hands torchrun all that torchrun has a name for.
+        arguments.numa_binding = binding
     try:
         launch_command(arguments)
     except ChildFailedError as error:
@@ -71,6 +83,13 @@ def _run_by_accelerate(argv: Sequence[str]) -> int:
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     return 0
+
+
+def _outlive_signals() -> None:
+    """Leave signals to the ranks: torchrun passes them on; a single rank gets them itself, and is waited for."""
+    for name in SIGNALS:
+        # A handler, since what is ignored would stay ignored in the rank.
+        signal.signal(getattr(signal, name), lambda number, frame: None)
 
 
 def _name_end(code: int) -> str:

@@ -90,7 +90,7 @@ def report_runs(runs: Sequence[Path]) -> tuple[list[RunReport], list[str]]:
             readable.append((run, directory, read_plan(directory), read_submissions(directory)))
         except (InputError, OSError) as error:
             problems += _name_problems(run, error)
-    queue = Queue(line for _, _, _, submissions in readable for line in submissions)
+    queue = Queue(line for _, _, plan, submissions in readable for line in (*submissions, *_of_tasks(plan, problems)))
     reports = []
     for run, directory, plan, submissions in readable:
         try:
@@ -98,6 +98,17 @@ def report_runs(runs: Sequence[Path]) -> tuple[list[RunReport], list[str]]:
         except (InputError, OSError) as error:
             problems += _name_problems(run, error)
     return reports, problems
+
+
+def _of_tasks(plan: dict[str, Any] | None, problems: list[str]) -> list[dict[str, Any]]:
+    """List what the tasks of an array submitted themselves, where SLURM would not take them back."""
+    lines: list[dict[str, Any]] = []
+    for task in (plan or {}).get("tasks") or []:
+        try:
+            lines += read_submissions(JobDirectory.of(Path(task["run"])))
+        except InputError as error:
+            problems += error.problems
+    return lines
 
 
 def report_run(run: Path) -> RunReport:
@@ -187,6 +198,9 @@ def _blame(e: Evidence, queue: Queue) -> str | None:
     line = e.submissions[-1]
     parts = []
     for job_id in find_parents(line):
+        if any(job_id == other["job_id"] for other in e.submissions):
+            # Submitted anew by its own earlier job, which it only follows.
+            continue
         job = queue.find(job_id, line.get("cluster"))
         if job is None:
             parts.append(f"job {job_id}, which SLURM no longer knows")

@@ -39,16 +39,23 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "FAILED", attempt=attempt, step=None, reason="; ".join(error.problems), code=EXIT_INPUT_ERROR
             )
         raise
-    command = launcher_command(plan, task=task, node=node, meeting=meeting, logs=job.logs / attempt / f"node-{node}")
+    command = launcher_command(plan, job, attempt, task=task, meeting=meeting)
     print(f"signscale: node {node} of {nodes}, {meeting.host}: {plan.ranks_per_node} rank(s)", flush=True)
-    os.execve(sys.executable, command, os.environ | rank_environment(plan, job, attempt, node=node, meeting=meeting))
+    os.execve(sys.executable, command, os.environ | rank_environment(plan, job, attempt, meeting=meeting))
 
 
-def launcher_command(plan: Plan, *, task: int | None, node: int, meeting: Meeting, logs: Path) -> list[str]:
+def _goes_on(plan: Plan, job: JobDirectory) -> bool:
+    """Tell whether an attempt looks for the newest checkpoint of the run; the first one may have been told another."""
+    told = (plan.recipe or {}).get("resume", "")
+    return told in ("", "auto") or (job.folder.parent / "checkpoints" / "last.json").exists()
+
+
+def launcher_command(plan: Plan, job: JobDirectory, attempt: str, *, task: int | None, meeting: Meeting) -> list[str]:
     """Return the command that starts this node's ranks."""
+    logs = job.logs / attempt / f"node-{meeting.node}"
     logs.mkdir(parents=True, exist_ok=True)
     arguments = list(plan.arguments_of(task))
-    if plan.module == "trainer.train":
+    if plan.module == "trainer.train" and _goes_on(plan, job):
         # Whatever the last attempt saved is where this one begins.
         arguments += ["--resume", "auto"]
     start = [sys.executable, "-m", "launch.jobs.ranks"]
@@ -57,25 +64,35 @@ def launcher_command(plan: Plan, *, task: int | None, node: int, meeting: Meetin
     assert plan.accelerate_config is not None
     return [
         *(*start, "accelerate", "--config_file", plan.accelerate_config),
-        *("--num_machines", str(plan.nodes), "--num_processes", str(plan.world_size), "--machine_rank", str(node)),
+        *(
+            "--num_machines",
+            str(plan.nodes),
+            "--num_processes",
+            str(plan.world_size),
+            "--machine_rank",
+            str(meeting.node),
+        ),
         *("--main_process_ip", meeting.address, "--main_process_port", str(meeting.port)),
         *("--deepspeed_multinode_launcher", "standard", "--num_cpu_threads_per_process", str(plan.cpus_per_rank)),
         *("--tee", "3", "--log_dir", str(logs), "-m", plan.module, *arguments),
     ]
 
 
-def rank_environment(plan: Plan, job: JobDirectory, attempt: str, *, node: int, meeting: Meeting) -> dict[str, str]:
+def rank_environment(plan: Plan, job: JobDirectory, attempt: str, *, meeting: Meeting) -> dict[str, str]:
     """Return what the ranks learn by their environment."""
     found = {
         JOB: str(job.folder),
         ATTEMPT: attempt,
         TOKEN: meeting.token,
-        "SIGNSCALE_NODE": str(node),
+        "SIGNSCALE_NODE": str(meeting.node),
         "PET_SIGNALS_TO_HANDLE": ",".join(SIGNALS),
         "PET_SHUTDOWN_TIMEOUT": str(_SECONDS_TO_SAVE),
         "OMP_NUM_THREADS": str(plan.cpus_per_rank),
-        "GLOO_SOCKET_IFNAME": meeting.interface,
-        "NCCL_SOCKET_IFNAME": f"={meeting.interface}",
+        # The cluster's own choice goes before ours.
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", meeting.interface),
+        "NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", f"={meeting.interface}"),
+        # Warnings about names of addresses, which nobody needs.
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
         "WORLD_SIZE": str(plan.world_size),
         "MASTER_ADDR": meeting.address,
         "MASTER_PORT": str(meeting.port),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 
+# Of the job that submits, or of a launcher: in another job they are wrong, and some of them hang it.
 _FOREIGN = (
-    # Of the job that submits, or of a launcher: in another job they are wrong, and some of them hang it.
-    ("SLURM_", "SBATCH_", "SRUN_", "SALLOC_", "PMI_", "PMI2_", "PMIX_", "OMPI_", "PRTE_", "MPI_LOCAL", "I_MPI_PMI")
-    + ("SIGNSCALE_", "TORCHELASTIC_", "PET_", "GROUP_", "ROLE_", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_")
-    + ("ACCELERATE_", "FSDP_", "PYTHONPATH", "PYTHONHOME", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE")
+    *("SLURM_", "SBATCH_", "SRUN_", "SALLOC_", "PMI_", "PMI2_", "PMIX_", "OMPI_", "PRTE_", "MPI_LOCAL", "I_MPI_PMI"),
+    *("SIGNSCALE_", "TORCHELASTIC_", "PET_", "GROUP_", "ROLE_", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_"),
+    *("ACCELERATE_", "FSDP_", "PYTHONPATH", "PYTHONHOME"),
+    *("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE"),
 )
 _FOREIGN_NAMES = frozenset(("RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "MKL_NUM_THREADS"))
 

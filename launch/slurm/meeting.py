@@ -35,6 +35,8 @@ class Meeting:
     """What all ranks compare, so that a rank of another job is refused."""
     end_time: float | None
     """Unix seconds of the time limit; None where there is none."""
+    node: int
+    """Number of this node."""
     host: str
     interface: str
     """Network interface that leads to the other nodes."""
@@ -64,7 +66,7 @@ def meet(job: JobDirectory, attempt: str, *, node: int, nodes: int, seconds: flo
         raise InputError(agreed["refused"])
     reached = agreed["address"]
     interface = interface_of(reached if node == 0 else address_towards(reached))
-    return Meeting(**agreed, host=hosts[node], interface=interface)
+    return Meeting(**agreed, node=node, host=hosts[node], interface=interface)
 
 
 def list_hosts() -> list[str]:
@@ -114,7 +116,7 @@ def _agree(folder: Path, attempt: str, hosts: list[str], deadline: float) -> dic
         if time.monotonic() > deadline:
             missing = name_some([hosts[node] for node in range(len(hosts)) if node not in reports])
             return {
-                "refused": f"{missing}: not there after waiting; does it see {folder.parent}? The job's log has its lines"
+                "refused": f"{missing} did not come in time; is {folder.parent} seen there? The job's log has its lines"
             }
         time.sleep(_POLL_SECONDS)
     if problems := compare_versions([reports[node] for node in range(len(hosts))]):
@@ -130,8 +132,8 @@ def compare_versions(reports: list[dict[str, Any]]) -> list[str]:
     """Say which nodes run other versions than the first."""
     head = reports[0]
     return [
-        f"{report['host']} has {name} {version or 'not at all'}, {head['host']} {head['versions'].get(name) or 'not at all'}; "
-        "give all nodes the same environment"
+        f"{report['host']} has {name} {version}, {head['host']} has {head['versions'].get(name)}; give all nodes the "
+        "same environment"
         for report in reports[1:]
         for name, version in report["versions"].items()
         if version != head["versions"].get(name)

@@ -184,8 +184,8 @@ def _find_problems(options: SlurmOptions) -> Iterator[str]:
         elif seconds <= options.signal_seconds + 60:
             # SLURM may signal a minute early: the job would be told to leave before it has begun.
             yield (
-                f"--time {options.time}: is {seconds} s, and the job is told to save {options.signal_seconds} s before its "
-                "end, up to a minute early; ask for more time, or lower --signal_seconds"
+                f"--time {options.time}: is {seconds} s, and the job is told to save {options.signal_seconds} s before "
+                "its end, up to a minute early; ask for more time, or lower --signal_seconds"
             )
     for extra in options.sbatch:
         key = extra.lstrip("-").partition("=")[0].replace("-", "_").strip()

@@ -15,10 +15,10 @@ from launch.slurm.options import SlurmOptions, has_control_characters
 from trainer.errors import InputError
 
 _TEMPLATE = Path(__file__).parent / "job.sh.j2"
+# Options whose name and meaning are sbatch's own.
 _PASSED_ON = (
-    # Options whose name and meaning are sbatch's own.
-    ("time", "partition", "account", "qos", "constraint", "exclude", "nodelist", "reservation", "licenses")
-    + ("gpus_per_node", "mem", "mem_per_cpu", "mem_per_gpu", "mail_type", "mail_user", "comment", "clusters")
+    *("time", "partition", "account", "qos", "constraint", "exclude", "nodelist", "reservation", "licenses"),
+    *("gpus_per_node", "mem", "mem_per_cpu", "mem_per_gpu", "mail_type", "mail_user", "comment", "clusters"),
 )
 
 

@@ -57,12 +57,14 @@ def submit(
     job: JobDirectory,
     dependencies: Sequence[str] = (),
     array: str | None = None,
+    exclude: Sequence[str] = (),
     test_only: bool = False,
 ) -> str:
     """Submit a batch script, record it, and return the job id; with `test_only` return what sbatch would do.
 
-    `dependencies` are sbatch's (`afterok:4711`, `singleton`); the job is cancelled where one can never be met. Raises
-    `InputError` with sbatch's own message and the option to blame.
+    `dependencies` are sbatch's (`afterok:4711`, `singleton`); the job is cancelled where one can never be met.
+    `exclude` names nodes to stay away from, in place of those that the script names. Raises `InputError` with sbatch's
+    own message and the option to blame.
     """
     if shutil.which("sbatch") is None:
         raise InputError(f"sbatch is not on PATH: {_elsewhere()}")
@@ -71,6 +73,8 @@ def submit(
         command += [f"--dependency={','.join(dependencies)}", "--kill-on-invalid-dep=yes"]
     if array is not None:
         command.append(f"--array={array}")
+    if exclude:
+        command.append(f"--exclude={','.join(exclude)}")
     if test_only:
         command.append("--test-only")
     job.logs.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,319 @@
+"""Lead one attempt of a batch job, from the batch script; decide what becomes of the job when it has ended.
+
+    python -m launch.slurm.director --job RUN/job [--preflight COMMAND …] -- srun … python -m launch.slurm.agent …
+
+It takes the place of the batch script's shell, so SLURM's advance warning reaches it. What it is told it passes on
+as a request (RUN/job/STOP), since a signal to srun would end the ranks at once; what it decides, it decides by the
+words in RUN/job. The command after --preflight checks the nodes first and leaves RUN/job/preflight-<attempt>.json:
+{"ok": bool, "bad_nodes": ["node2"], "problems": ["…"]}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from launch.jobs.plan import Plan
+from launch.slurm import control
+from launch.slurm.control import ControlError
+from launch.slurm.decision import ENDED_BY_SLURM, Decision, Preflight, Situation, decide
+from launch.slurm.environment import attempt_name, job_name, task_number
+from launch.slurm.relay import ExitNoise, relay, telling_line
+from launch.slurm.submit import submit
+from trainer.errors import InputError
+from trainer.exits import exit_on_input_error
+from trainer.job.directory import ATTEMPT, END_TIME, JOB, AttemptRecord, JobDirectory, LastWord
+
+_REQUESTS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_SECONDS_FOR_PREFLIGHT = 900.0
+_SECONDS_UNTIL_KILLED = 600.0
+"""How long a requeued script waits for SLURM to end it; KillWait is 30 s by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leading:
+    """Which attempt at what this process leads."""
+
+    plan: Plan
+    job: JobDirectory
+    """Of an array, the task's own."""
+    job_id: str
+    """As squeue and scontrol name it: an array's task is 4711_3."""
+    task: int | None
+    """Number of the array's task; None: the job is none."""
+    restarts: int
+    """How often SLURM put the job back into the queue."""
+    attempt: str
+    nodes: str
+    """As SLURM abbreviates them."""
+
+    @property
+    def log(self) -> Path:
+        """Everything that the attempt says."""
+        return self.job.logs / f"{self.attempt}.log"
+
+    def saved_step(self) -> int | None:
+        """Return the step of the newest checkpoint; None where there is none."""
+        pointer = self.job.folder.parent / "checkpoints" / "last.json"
+        try:
+            return int(json.loads(pointer.read_text(encoding="utf-8"))["checkpoint"].rpartition("-")[2])
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{pointer}: is damaged ({error!r})") from error
+
+    def word(self) -> LastWord | None:
+        """Return the last word of this attempt, if it has left one."""
+        word = self.job.last_word()
+        return word if word is not None and word.attempt == self.attempt else None
+
+
+class StopRequests:
+    """SLURM's signals, passed on as one request to stop."""
+
+    def __init__(self, job: JobDirectory, attempt: str) -> None:
+        self._job, self._attempt = job, attempt
+        self._number: int | None = None
+        self._passed_on = False
+        self._open = False
+        for number in _REQUESTS:
+            signal.signal(number, self._note)
+
+    def open(self) -> None:
+        """Pass requests on from now on, and the one that came before."""
+        self._open = True
+        self._pass_on()
+
+    def close(self) -> None:
+        """Pass no more on: the ranks have left."""
+        self._open = False
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._number = self._number or number
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        # The attempt after this one must not be stopped by what was meant for this one.
+        if self._open and self._number and not self._passed_on and self._job.owner_attempt() == self._attempt:
+            self._passed_on = True
+            name = signal.Signals(self._number).name
+            say(f"{name} of SLURM (time limit, preemption or scancel): asking the ranks to save and leave")
+            self._job.request_stop(f"{name} of SLURM")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Lead the attempt; 0: the job is done, 1: it is not (a requeued script is ended by SLURM instead)."""
+    options, preflight, command = _parse(argv)
+    leading = _find(options.job)
+    requests = StopRequests(leading.job, leading.attempt)
+    if (over := _close_predecessors(leading)) is not None:
+        say(f"{over.attempt} left {over.word} ({over.reason}); nothing is left to do")
+        return over.code if over.word == "DONE" else 1
+    leading.job.begin(
+        AttemptRecord(
+            attempt=leading.attempt,
+            began=time.time(),
+            job_id=leading.job_id,
+            nodes=leading.nodes,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+        )
+    )
+    requests.open()
+    say(f"attempt {leading.attempt} on {leading.nodes}; its output: {leading.log}")
+    found = None
+    if leading.job.cancelled() is None:
+        environment = _environment(leading)
+        found = _check_nodes(preflight, leading, environment, options.job) if preflight else None
+        if found is None or found.ok:
+            _run(command, leading, environment)
+    requests.close()
+    return _conclude(leading, found)
+
+
+def say(text: str) -> None:
+    """Print a line of the director's own."""
+    print(f"signscale: {text}", flush=True)
+
+
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
+    parser = argparse.ArgumentParser(prog="python -m launch.slurm.director", description=__doc__)
+    parser.add_argument("--job", type=Path, required=True, help="RUN/job")
+    words = list(argv)
+    cut = words.index("--") if "--" in words else len(words)
+    own, command = words[:cut], words[cut + 1 :]
+    at = own.index("--preflight") if "--preflight" in own else len(own)
+    options = parser.parse_args(own[:at])
+    if not command:
+        parser.error("expected -- and the command that starts the ranks")
+    return options, own[at + 1 :], command
+
+
+def _find(folder: Path) -> Leading:
+    job = JobDirectory(folder.absolute())
+    if not job.plan.exists():
+        where = f"{socket.gethostname()} does not see {job.plan}"
+        raise InputError(f"{where}; the run directory must lie on a file system that all nodes share")
+    plan, task = Plan.load(job.plan), task_number(os.environ)
+    return Leading(
+        plan=plan,
+        job=job if plan.tasks is None else plan.job_of(task),
+        job_id=job_name(os.environ),
+        task=task,
+        restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+        attempt=attempt_name(os.environ),
+        nodes=os.environ.get("SLURM_JOB_NODELIST", ""),
+    )
+
+
+def _close_predecessors(leading: Leading) -> LastWord | None:
+    """Record the end of attempts that could not; return the last word of one that ended the whole job."""
+    word, saved = leading.job.last_word(), leading.saved_step()
+    over = None
+    for record in leading.job.history():
+        if record.ended is not None or record.attempt == leading.attempt:
+            continue
+        if word is not None and word.attempt == record.attempt:
+            leading.job.end(record.attempt, step=saved, word=word.word, reason=word.reason)
+            if word.word != "RESUME" and record.job_id == leading.job_id:
+                # SLURM took the job back between the last word and the end of its script.
+                over = word
+        else:
+            leading.job.end(record.attempt, step=saved, word=None, reason=ENDED_BY_SLURM)
+    return over
+
+
+def _environment(leading: Leading) -> dict[str, str]:
+    environment = dict(os.environ) | {JOB: str(leading.job.folder), ATTEMPT: leading.attempt}
+    if (end := control.end_time(leading.job_id, os.environ)) is not None:
+        environment[END_TIME] = str(end)
+    return environment
+
+
+def _run(command: Sequence[str], leading: Leading, environment: dict[str, str]) -> None:
+    """Run the command to its end, its output into the attempt's log and on."""
+    leading.job.logs.mkdir(parents=True, exist_ok=True)
+    noise = ExitNoise(lambda: (word := leading.word()) is not None and word.word == "DONE")
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
+    ) as process:
+        assert process.stdout is not None
+        relay(process.stdout, leading.log, sys.stdout.buffer, noise)
+    if noise.lines:
+        say(f"left out {noise.lines} lines in which a launcher complains that another node was done before it")
+
+
+def _check_nodes(
+    command: Sequence[str], leading: Leading, environment: dict[str, str], folder: Path
+) -> Preflight | None:
+    """Run the check of the nodes; None: it left no result, which says no more than an attempt without a word."""
+    result = folder / f"preflight-{leading.attempt}.json"
+    say("checking the nodes")
+    _run(["timeout", "--kill-after=30", str(_SECONDS_FOR_PREFLIGHT), *command], leading, environment)
+    try:
+        content = json.loads(result.read_text(encoding="utf-8"))
+        return Preflight(
+            ok=bool(content["ok"]), bad_nodes=tuple(content["bad_nodes"]), problems=tuple(content["problems"])
+        )
+    except FileNotFoundError:
+        say(f"the check of the nodes left no {result.name}; starting all the same")
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{result}: is no result of a check of nodes ({error!r})") from error
+
+
+def _conclude(leading: Leading, found: Preflight | None) -> int:
+    """Decide, record the end, and put the job back into the queue where it is to go on."""
+    job, attempt = leading.job, leading.attempt
+    if (owner := job.owner_attempt()) != attempt:
+        say(f"attempt {owner} has taken over; leaving everything to it")
+        return 1
+    state: dict[str, str] = {}
+    try:
+        state = control.show(leading.job_id)
+    except ControlError as error:
+        say(f"SLURM does not say how this job stands: {error}")
+    if state and int(state["Restarts"]) != leading.restarts:
+        say("SLURM has put the job back into the queue by itself")
+        return 1
+    word, saved = leading.word(), leading.saved_step()
+    decision = decide(
+        Situation(
+            earlier=[record for record in job.history() if record.attempt != attempt],
+            word=word,
+            saved=saved,
+            asked=_asked_to_end(job, state),
+            preflight=found,
+            nodes=control.node_names(leading.nodes) if found is not None and not found.ok else (),
+            may_requeue=state.get("Requeue", "1") == "1",
+            limit=leading.plan.max_attempts_without_progress,
+            trouble=telling_line(leading.log),
+        )
+    )
+    said = word.word if word is not None else None
+    if decision.action == "fail" and said != "FAILED":
+        said = "FAILED"
+        job.leave_word(said, attempt=attempt, step=saved, reason=decision.reason, code=1)
+    job.end(attempt, step=saved, word=said, reason=decision.reason)
+    say(f"{decision.action}: {decision.reason}" + ("" if saved is None else f" (step {saved} is saved)"))
+    if decision.action == "requeue":
+        _requeue(leading, decision)
+    elif decision.action == "resubmit":
+        _resubmit(leading, decision, "")
+    return word.code if decision.action == "done" and word is not None else 1
+
+
+def _asked_to_end(job: JobDirectory, state: dict[str, str]) -> str | None:
+    if (cancelled := job.cancelled()) is not None:
+        return cancelled.reason
+    # SLURM would requeue even a job that was cancelled.
+    return "scancel" if state.get("JobState") == "CANCELLED" else None
+
+
+def _requeue(leading: Leading, decision: Decision) -> None:
+    try:
+        control.requeue(leading.job_id)
+    except ControlError as error:
+        return _resubmit(leading, decision, f"the requeue was refused: {error}; ")
+    if decision.exclude:
+        try:
+            control.exclude(leading.job_id, decision.exclude)
+        except ControlError as error:
+            say(f"SLURM does not exclude {', '.join(decision.exclude)}: {error}")
+    # A script that ended now, before SLURM ends it, would make the job COMPLETED or FAILED for good.
+    time.sleep(_SECONDS_UNTIL_KILLED)
+    return say("SLURM took the requeue, but did not end this script")
+
+
+def _resubmit(leading: Leading, decision: Decision, refusal: str) -> None:
+    """Submit the job's script anew, to start when this job has ended. Leaves FAILED where SLURM refuses that too."""
+    # Of an array, one task alone; as a singleton it would wait for all the others, which have the same name.
+    after = "singleton" if leading.task is None else f"afterany:{leading.job_id}"
+    array = None if leading.task is None else str(leading.task)
+    try:
+        job_id = submit(
+            leading.plan.job.script,
+            job=leading.plan.job,
+            dependencies=[after],
+            array=array,
+            exclude=decision.exclude,
+        )
+    except InputError as error:
+        reason = f"SLURM takes the job neither back nor anew: {refusal}{'; '.join(error.problems)}"
+        leading.job.leave_word("FAILED", attempt=leading.attempt, step=leading.saved_step(), reason=reason, code=1)
+        return say(reason)
+    return say(f"{refusal}submitted anew as {job_id}")
+
+
+if __name__ == "__main__":
+    exit_on_input_error(lambda: main(sys.argv[1:]))
