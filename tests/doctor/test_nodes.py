@@ -132,7 +132,7 @@ def test_a_full_disk_fails(tmp_path: Path) -> None:
     script = (
         f"mount -t tmpfs -o size=1m none {tmp_path} && exec {sys.executable} -c 'import sys\n"
         "from pathlib import Path\nfrom trainer.doctor.storage import check_storage\n"
-        "for one in check_storage(Path(sys.argv[1]), \"node1\"): print(one.check, one.verdict, one.value, sep=\"|\")\n"
+        'for one in check_storage(Path(sys.argv[1]), "node1"): print(one.check, one.verdict, one.value, sep="|")\n'
         "print(list(Path(sys.argv[1]).iterdir()))' "
         f"{tmp_path}"
     )
