@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -262,11 +263,17 @@ def evaluation_loader(
     )
 
 
-def measure_wer(engine: Engine, loader: EvaluationLoader, protocol: Any) -> float | None:
-    """Return the WER of an engine's model on a split, in percent, None without reference words; all ranks must ask."""
+def measure_wer(
+    engine: Engine, loader: EvaluationLoader, protocol: Any, stop_requested: Callable[[], bool] = lambda: False
+) -> float | None:
+    """Return the WER of an engine's model on a split, in percent; all ranks must ask.
+
+    None without reference words, and where a request to stop came in between.
+    """
     longest = int(slot_frames(loader.num_frames, loader.total_stride).max())
     try:
-        wer = evaluate(engine, loader, budget=_CLIPS_PER_CELL * longest, protocol=protocol).counts.wer
+        budget = _CLIPS_PER_CELL * longest
+        result = evaluate(engine, loader, budget=budget, protocol=protocol, stop_requested=stop_requested)
     except BrokenPassError as error:
         failure = TrainingFailedError(
             f"the teacher ran out of memory on {error}; extract its soft targets where there is more (signscale "
@@ -274,7 +281,7 @@ def measure_wer(engine: Engine, loader: EvaluationLoader, protocol: Any) -> floa
         )
         failure.local = True
         raise failure from None
-    return wer if math.isfinite(wer) else None
+    return result.counts.wer if result is not None and math.isfinite(result.counts.wer) else None
 
 
 def _alike(one: Normalization, other: Normalization) -> bool:
