@@ -113,7 +113,7 @@ def check_checkpoint_space(recipe: Recipe, corpus: TrainingCorpus, node: str) ->
         )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     needed = checkpoint_bytes(parameters, STATES[recipe.optimization.optimizer], recipe.run.keep_checkpoints)
-    yield check_space(nearest_folder(Path(recipe.run.output_dir)), node, needed)
+    yield check_space(nearest_folder(Path(recipe.run.output_dir)), node, needed, check="checkpoint space")
 
 
 def _backend(recipe: Recipe) -> Backend:
