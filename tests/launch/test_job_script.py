@@ -27,7 +27,7 @@ def plan_of(run: Path, *options: str, command: Sequence[str] = ("x",), tasks: li
 
 
 VARIANTS = {
-    "plain": [],
+    "plain": ["--exclusive", "--preflight"],
     "gpus": [
         "--nodes",
         "4",
