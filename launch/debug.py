@@ -93,7 +93,8 @@ def _call(plan: Plan, options: DebugOptions) -> Outcome:
 
 def _start(plan: Plan) -> int:
     if plan.command[0] != "-m":
-        code: int = importlib.import_module(plan.module).main(list(plan.arguments)) or 0
+        # An outcome of 0 says more than 0 does.
+        code: int = importlib.import_module(plan.module).main(list(plan.arguments))
         return code
     # A module of the user's own is run as `python -m` would.
     sys.path.insert(0, str(Path.cwd()))
