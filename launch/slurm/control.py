@@ -1,12 +1,11 @@
-"""What a running job asks of SLURM: how it stands, when its time is over, and to be put back into the queue."""
+"""What a running job asks of SLURM: how it stands, and to be put back into the queue."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
-from datetime import datetime
+from collections.abc import Sequence
 
 _PATIENCE = 300.0
 """Seconds for which a controller that does not answer is asked again."""
@@ -31,7 +30,7 @@ def ask(*command: str, patience: float = _PATIENCE) -> str:
         else:
             if done.returncode == 0:
                 return done.stdout
-            problem = (done.stderr or done.stdout).strip()
+            problem = (done.stderr or done.stdout).strip() or f"{command[0]} ended with {done.returncode}"
             if not any(text in problem for text in _UNREACHABLE):
                 raise ControlError(problem)
         if time.monotonic() > deadline:
@@ -48,17 +47,6 @@ def show(job_id: str) -> dict[str, str]:
 def node_names(nodes: str) -> tuple[str, ...]:
     """Write out an abbreviated list of nodes."""
     return tuple(ask("scontrol", "show", "hostnames", nodes).split()) if nodes else ()
-
-
-def end_time(job_id: str, environment: Mapping[str, str]) -> float | None:
-    """Return when the job's time is over, in Unix seconds; None: it has no limit, or nobody knows."""
-    if (known := environment.get("SLURM_JOB_END_TIME", "")).isdigit():
-        return float(known)
-    # SLURM before 23.02 does not export it.
-    try:
-        return datetime.fromisoformat(ask("squeue", "-h", "-j", job_id, "-o", "%e", patience=20).strip()).timestamp()
-    except (ControlError, ValueError):
-        return None
 
 
 def requeue(job_id: str) -> None:

@@ -31,7 +31,7 @@ from launch.slurm.requests import StopRequests, say
 from launch.slurm.submit import submit
 from trainer.errors import InputError
 from trainer.exits import exit_on_input_error
-from trainer.job.directory import ATTEMPT, END_TIME, JOB, AttemptRecord
+from trainer.job.directory import AttemptRecord
 
 _SECONDS_FOR_PREFLIGHT = 900.0
 _SECONDS_UNTIL_KILLED = 600.0
@@ -62,10 +62,9 @@ def main(argv: Sequence[str]) -> int:
     say(f"attempt {leading.attempt} on {leading.nodes}; its output: {leading.log}")
     found = None
     if leading.job.cancelled() is None:
-        environment = _environment(leading)
-        found = _check_nodes(preflight, leading, environment, options.job) if preflight else None
+        found = _check_nodes(preflight, leading, options.job) if preflight else None
         if found is None or found.ok:
-            _run(command, leading, environment)
+            _run(command, leading)
     requests.close()
     return _conclude(leading, found)
 
@@ -91,19 +90,12 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str
     return options, own[at + 1 :], command
 
 
-def _environment(leading: Leading) -> dict[str, str]:
-    environment = dict(os.environ) | {JOB: str(leading.job.folder), ATTEMPT: leading.attempt}
-    if (end := control.end_time(leading.job_id, os.environ)) is not None:
-        environment[END_TIME] = str(end)
-    return environment
-
-
-def _run(command: Sequence[str], leading: Leading, environment: dict[str, str]) -> None:
+def _run(command: Sequence[str], leading: Leading) -> None:
     """Run the command to its end, its output into the attempt's log and on."""
     leading.job.logs.mkdir(parents=True, exist_ok=True)
     noise = ExitNoise(lambda: (word := leading.word()) is not None and word.word == "DONE")
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
     ) as process:
         assert process.stdout is not None
         relay(process.stdout, leading.log, sys.stdout.buffer, noise)
@@ -111,13 +103,11 @@ def _run(command: Sequence[str], leading: Leading, environment: dict[str, str]) 
         say(f"left out {noise.lines} lines in which a launcher complains that another node was done before it")
 
 
-def _check_nodes(
-    command: Sequence[str], leading: Leading, environment: dict[str, str], folder: Path
-) -> Preflight | None:
+def _check_nodes(command: Sequence[str], leading: Leading, folder: Path) -> Preflight | None:
     """Run the check of the nodes; None: it left no result, which says no more than an attempt without a word."""
     result = folder / f"preflight-{leading.attempt}.json"
     say("checking the nodes")
-    _run(["timeout", "--kill-after=30", str(_SECONDS_FOR_PREFLIGHT), *command], leading, environment)
+    _run(["timeout", "--kill-after=30", str(_SECONDS_FOR_PREFLIGHT), *command], leading)
     try:
         content = json.loads(result.read_text(encoding="utf-8"))
         return Preflight(
