@@ -23,7 +23,7 @@ from pathlib import Path
 from launch.pipeline.record import begin
 from launch.slurm import control
 from launch.slurm.attempt import Leading, close_predecessors, find
-from launch.slurm.control import ControlError
+from launch.slurm.control import ControlError, SilentError
 from launch.slurm.decision import Decision, Preflight, Situation, decide
 from launch.slurm.needs import redirect_children
 from launch.slurm.relay import ExitNoise, notice_of_cancellation, relay, telling_line
@@ -123,27 +123,30 @@ def _check_nodes(command: Sequence[str], leading: Leading, folder: Path) -> Pref
 def _conclude(leading: Leading, found: Preflight | None) -> int:
     """Decide, record the end, and put the job back into the queue where it is to go on."""
     job, attempt = leading.job, leading.attempt
+    state: dict[str, str] | None = None
+    trouble = ""
+    if (word := leading.word()) is None or word.word != "DONE":
+        try:
+            state = control.show(leading.job_id)
+        except (ControlError, SilentError) as error:
+            trouble = str(error)
+    # Asked for only now: a node that was cut off hears of SLURM again when its job has long been elsewhere.
     if (owner := job.owner_attempt()) != attempt:
         say(f"attempt {owner} has taken over; leaving everything to it")
         return 1
-    state: dict[str, str] = {}
-    try:
-        state = control.show(leading.job_id)
-    except ControlError as error:
-        say(f"SLURM does not say how this job stands: {error}")
-    if state and int(state["Restarts"]) != leading.restarts:
+    if state is not None and int(state["Restarts"]) != leading.restarts:
         say("SLURM has put the job back into the queue by itself")
         return 1
-    word, saved = leading.word(), leading.saved_step()
+    saved = leading.saved_step()
     decision = decide(
         Situation(
             earlier=[record for record in job.history() if record.attempt != attempt],
             word=word,
             saved=saved,
-            asked=_asked_to_end(leading, state),
+            asked=_asked_to_end(leading, state or {}),
             preflight=found,
             nodes=control.node_names(leading.nodes) if found is not None and not found.ok else (),
-            may_requeue=state.get("Requeue", "1") == "1",
+            may_requeue=state is None or state["Requeue"] == "1",
             limit=leading.plan.max_attempts_without_progress,
             trouble=telling_line(leading.log),
         )
@@ -154,7 +157,9 @@ def _conclude(leading: Leading, found: Preflight | None) -> int:
         job.leave_word(said, attempt=attempt, step=saved, reason=decision.reason, code=1)
     job.end(attempt, step=saved, word=said, reason=decision.reason)
     say(f"{decision.action}: {decision.reason}" + ("" if saved is None else f" (step {saved} is saved)"))
-    if decision.action == "requeue":
+    if state is None and decision.action in ("requeue", "resubmit"):
+        say(f"SLURM does not say how this job stands ({trouble}); launch it again if SLURM does not start it by itself")
+    elif decision.action == "requeue":
         _requeue(leading, decision)
     elif decision.action == "resubmit":
         _resubmit(leading, decision, "")
@@ -174,10 +179,12 @@ def _requeue(leading: Leading, decision: Decision) -> None:
         control.requeue(leading.job_id)
     except ControlError as error:
         return _resubmit(leading, decision, f"the requeue was refused: {error}; ")
+    except SilentError as error:
+        return say(f"SLURM does not answer ({error}); launch the job again if SLURM does not start it by itself")
     if decision.exclude:
         try:
             control.exclude(leading.job_id, decision.exclude)
-        except ControlError as error:
+        except (ControlError, SilentError) as error:
             say(f"SLURM does not exclude {', '.join(decision.exclude)}: {error}")
     # A script that ended now, before SLURM ends it, would make the job COMPLETED or FAILED for good.
     time.sleep(_SECONDS_UNTIL_KILLED)

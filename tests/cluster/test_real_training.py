@@ -14,7 +14,7 @@ from trainer.job.directory import JobDirectory
 
 RECIPE = ["--warmup_epochs", "0", "--learning_rate", "1e-3", "--batch_size", "6", "--log_every", "1"]
 SHORT = [*RECIPE, "--max_steps", "8", "--evaluate_every", "8"]
-LONG = [*RECIPE, "--max_steps", "300", "--evaluate_every", "100", "--save_every", "20", "--keep_checkpoints", "2"]
+LONG = [*RECIPE, "--max_steps", "150", "--evaluate_every", "50", "--save_every", "10", "--keep_checkpoints", "2"]
 SECONDS = 3 * DEADLINE
 """Six processes import torch here, on cores that others use too."""
 
