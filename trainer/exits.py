@@ -30,7 +30,7 @@ class Outcome(int):
     reason: str
     """One line for people."""
     step: int | None
-    """Newest optimizer step that is saved (None: the command takes no steps)."""
+    """Newest optimizer step that is saved, or whatever else counts progress (None: nothing does)."""
     word: Word
     """DONE, or RESUME where the same command has to go on."""
 
