@@ -32,6 +32,7 @@ from launch.slurm.environment import attempt_name, job_name, task_number
 from launch.slurm.needs import redirect_children
 from launch.slurm.relay import ExitNoise, relay, telling_line
 from launch.slurm.submit import submit
+from launch.sweep.table import RECORD, publish
 from trainer.errors import InputError
 from trainer.exits import exit_on_input_error
 from trainer.job.directory import ATTEMPT, END_TIME, JOB, AttemptRecord, JobDirectory, LastWord
@@ -142,7 +143,11 @@ def main(argv: Sequence[str]) -> int:
         if found is None or found.ok:
             _run(command, leading, environment)
     requests.close()
-    return _conclude(leading, found)
+    code = _conclude(leading, found)
+    is_sweep = leading.task is not None and (leading.plan.run / RECORD).exists()
+    if is_sweep and (table := publish(leading.plan.run)) is not None:
+        say(f"all runs of this sweep have ended\n{table}")
+    return code
 
 
 def _refuse(leading: Leading, lacking: str) -> int:
