@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -171,11 +170,10 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Recipe]:
     from trainer.parsing import parse_recipe
 
     options, rest = parser.parse_beside_recipe(argv)
-    recipe = parse_recipe(rest, parser.prog, check=False)
     # A checkpoint or the sizes stand in for the corpus, which is then not asked for.
-    stand_in = dataclasses.replace(recipe.corpus, data_dir=recipe.corpus.data_dir or "-")
+    recipe = parse_recipe(rest, parser.prog, check=False, needs_corpus=False)
     problems = _source_problems(options, rest, recipe)
-    problems += combination_problems(dataclasses.replace(recipe, corpus=stand_in))
+    problems += combination_problems(recipe, needs_corpus=False)
     if problems:
         raise InputError(problems)
     return options, recipe

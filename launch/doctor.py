@@ -10,9 +10,10 @@ import shutil
 import sys
 import tempfile
 import textwrap
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.doctor.finding import Finding
 from trainer.doctor.node import FINDINGS, Node, Options, own_name
@@ -20,6 +21,9 @@ from trainer.errors import InputError
 from trainer.exits import exit_on_input_error
 from trainer.options import OptionParser, positive_count, positive_number
 from trainer.recipe import Recipe
+
+if TYPE_CHECKING:
+    from launch.slurm.options import SlurmOptions
 
 _HEADINGS = ("check", "value", "verdict", "mend")
 _NARROWEST, _WIDEST = 80, 200
@@ -36,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     if options.on == "slurm":
         from launch.doctor_slurm import examine_on_slurm
 
-        found = examine_on_slurm(options, asked)
+        found = examine_on_slurm(_job_folder(options, recipe), asked, _slurm_options(options))
     else:
         with _report_folder(options) as report:
             asked.write(report)
@@ -50,8 +54,8 @@ def format_findings(found: dict[str, Any], *, width: int | None = None) -> str:
     """Lay findings out as one table, long values and mends broken to lines."""
     findings = [Finding.from_json(one) for one in found["findings"]]
     width = min(_WIDEST, max(_NARROWEST, width or shutil.get_terminal_size((140, 24)).columns))
-    first = max(len(one.check) for one in findings)
-    verdict = max(len(one.verdict) for one in findings)
+    first = max(len(_HEADINGS[0]), *(len(one.check) for one in findings))
+    verdict = len(_HEADINGS[2])
     rest = width - first - verdict - 6
     widths = (first, rest - rest // 3, verdict, rest // 3)
     rows = [_HEADINGS, *((one.check, one.value, one.verdict, one.mend) for one in findings)]
@@ -81,12 +85,21 @@ def _report_folder(options: argparse.Namespace) -> Iterator[Path]:
         yield Path(folder)
 
 
+def _job_folder(options: argparse.Namespace, recipe: Recipe | None) -> Path:
+    """Return the new folder of a batch job and its report: in the run's, or in runs/ of the current folder."""
+    if options.report:
+        if options.report.exists():
+            raise InputError(f"--report: {options.report} is there already; name a new folder")
+        return Path(options.report.absolute())
+    runs = Path(recipe.run.output_dir) if recipe else Path("runs")
+    return (runs / "doctor" / time.strftime("%Y-%m-%d-%H%M%S")).absolute()
+
+
 def _examination(options: argparse.Namespace, words: Sequence[str], recipe: Recipe | None) -> Options:
     run = Path(recipe.run.output_dir) if recipe else Path.cwd()
     return Options(
         run=str(run.absolute()),
         token=secrets.token_hex(16),
-        nodes=options.nodes,
         ranks_per_node=options.processes or 0,
         accelerate_config=str(options.accelerate_config.absolute()) if options.accelerate_config else "",
         cpu=options.cpu,
@@ -96,7 +109,21 @@ def _examination(options: argparse.Namespace, words: Sequence[str], recipe: Reci
     )
 
 
+def _slurm_options(options: argparse.Namespace) -> SlurmOptions:
+    """Take the batch job's options, completed from the cluster's profile."""
+    from launch.slurm.options import FIELDS, check
+    from launch.slurm.profile import find_profile, merge, read_profile
+
+    given = {name: value for name, value in vars(options).items() if name in FIELDS}
+    profile = find_profile(options.profile)
+    slurm = merge(read_profile(profile) if profile else {}, given)
+    check(slurm)
+    return slurm
+
+
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Recipe | None]:
+    # Options of a batch job have dashes or underscores, as in sbatch and here.
+    argv = [_with_underscores(word) for word in argv]
     parser = OptionParser(
         prog="signscale doctor",
         description="Look at machines, corpus and run on all ranks, before GPU hours are spent.",
@@ -106,16 +133,17 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Recipe |
     add = parser.add_argument
     add("--on", choices=("local", "slurm"), default="local", help="where to look (default: this machine)")
     add("--json", action="store_true", help="print one JSON document in place of the table")
-    add("--processes", type=positive_count, metavar="N", help="ranks a node (default: one a device, one on a CPU)")
+    add("--processes", type=positive_count, metavar="N", help="ranks (default: one a device, one on a CPU)")
     add("--cpu", action="store_true", help="keep to the CPU where there are devices")
     add("--accelerate_config", type=Path, metavar="YAML", help="launch configuration of the ranks (default: what fits)")
     add("--report", type=Path, metavar="DIR", help="new folder that keeps all findings and the ranks' output")
     add("--patience", type=positive_number, default=60.0, metavar="S", help="seconds nodes wait for each other (60)")
     add("--limit", type=positive_number, default=1800.0, metavar="S", help="seconds the ranks may take (1800)")
-    add("--nodes", type=positive_count, default=1, metavar="N", help="with --on slurm: nodes to look at")
-    for name in ("partition", "account", "qos", "constraint", "nodelist", "exclude", "gpus_per_node", "time"):
-        add(f"--{name}", metavar=name.upper(), help=f"with --on slurm: as in srun --{name.replace('_', '-')}")
-    add("--cpus_per_task", type=positive_count, metavar="N", help="with --on slurm: CPUs a node")
+    from launch.jobs.fields import add_flags
+    from launch.slurm.options import SlurmOptions
+
+    add_flags(parser, SlurmOptions, "with --on slurm, the batch job (as sbatch's options of the same names)")
+    add("--profile", help="with --on slurm: options of a cluster, as in `signscale launch slurm`")
     # Imported here: it takes half a second that no other command needs.
     from trainer.parsing import parse_recipe
 
@@ -128,23 +156,31 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Recipe |
         problems += error.problems
     if problems:
         raise InputError(problems)
+    if recipe is not None:
+        from launch.jobs.place import understand
+
+        # Ranks of a batch job run in another folder.
+        rest = list(understand(("train", *rest)).words[1:])
     return options, rest, recipe
 
 
 def _option_problems(options: argparse.Namespace) -> list[str]:
+    from launch.slurm.options import FIELDS
+
     problems = []
     if options.on == "local":
-        given = [name for name in _SLURM_OPTIONS if getattr(options, name) not in (None, 1)]
-        problems += [f"--{name}: is for --on slurm; add that, or drop it" for name in given]
+        given = [name for name in (*FIELDS, "profile") if getattr(options, name, None) is not None]
+        problems += [f"--{name}: is for a batch job; add --on slurm, or drop it" for name in given]
+    elif options.processes:
+        problems.append("--processes: is for --on local; name --gpus_per_node or --ranks_per_node")
     if options.accelerate_config and not options.accelerate_config.is_file():
         problems.append(f"--accelerate_config: {options.accelerate_config}: no such file; see accelerate_configs/")
     return problems
 
 
-_SLURM_OPTIONS = (
-    *("nodes", "partition", "account", "qos", "constraint", "nodelist", "exclude", "gpus_per_node", "time"),
-    "cpus_per_task",
-)
+def _with_underscores(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return name.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ def main(argv: Sequence[str]) -> int:
     output = options.output or _default_output(folder, options.format)
     _check_output(output)
     checkpoint = read_checkpoint(folder, with_optimizer=False)
-    model = restore_model(Card.of(checkpoint), checkpoint.model, str(folder))
+    card = Card.of(checkpoint)
+    model = restore_model(card, checkpoint.model, str(folder))
     clips = None if options.no_verify else _read_clips(options, checkpoint)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
@@ -56,10 +57,12 @@ def main(argv: Sequence[str]) -> int:
             "bytes": path.stat().st_size,
             "checkpoint": str(folder),
             "step": checkpoint.state.step,
-            "glosses": len(checkpoint.vocabulary.glosses),
-            "feature_dim": checkpoint.normalization.feature_dim,
-            "total_stride": checkpoint.recipe.model.total_stride,
-            "normalization": checkpoint.normalization.kind,
+            "glosses": len(card.glosses),
+            "feature_dim": card.feature_dim,
+            "frame_size": card.frame_size,
+            "crop_size": card.crop_size,
+            "total_stride": card.total_stride,
+            "normalization": card.normalization,
             "verification": found and dataclasses.asdict(found),
         }
         write_json(temporary / REPORT, report)
@@ -80,8 +83,8 @@ def main(argv: Sequence[str]) -> int:
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser = OptionParser(
         prog="signscale export",
-        description="Export a trained model over features as one file with its vocabulary and normalisation inside: "
-        "raw features [T, D] of one clip in, log-probabilities out.",
+        description="Export a trained model as one file with its vocabulary and normalisation inside: raw features "
+        "[T, D] of one clip in, or its frames, uint8 [T, H, W, 3]; log-probabilities out.",
     )
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="run directory (its best checkpoint), or checkpoint"
@@ -121,14 +124,18 @@ def _make(folder: Path) -> None:
 
 def _read_clips(options: argparse.Namespace, checkpoint: Checkpoint) -> Split:
     from trainer.data.opening import OpenCorpus
+    from trainer.recipe import VIDEO_MODELS
 
     corpus = checkpoint.recipe.corpus
     if options.data_dir:
         corpus = dataclasses.replace(corpus, data_dir=options.data_dir, annotations=options.annotations or "")
     elif options.annotations:
         corpus = dataclasses.replace(corpus, annotations=options.annotations)
+    is_video = checkpoint.recipe.model.model in VIDEO_MODELS
     try:
-        return OpenCorpus(corpus, print).split(options.split, expected_dim=checkpoint.normalization.feature_dim)
+        return OpenCorpus(corpus, print, video=is_video).split(
+            options.split, expected_dim=checkpoint.normalization.feature_dim
+        )
     except InputError as error:
         hint = "the corpus serves to compare the export with the run: mend --data_dir, or go without it by --no_verify"
         raise InputError([*error.problems, hint]) from None

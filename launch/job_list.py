@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         _print_table(reports, options)
     for problem in problems:
-        print(f"cannot be read: {problem}", file=sys.stderr)
+        print(f"error: {problem}", file=sys.stderr)
     return 1 if problems else 0
 
 

@@ -249,7 +249,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Recipe]:
     from trainer.parsing import parse_recipe
 
     options, rest = parser.parse_beside_recipe(argv)
-    recipe = parse_recipe(rest, parser.prog, check=False)
+    recipe = parse_recipe(rest, parser.prog, check=False, needs_corpus=not options.lengths)
     problems = []
     if options.lengths:
         # Stands in for the corpus, which is then not asked for.

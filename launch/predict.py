@@ -11,21 +11,25 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.errors import InputError
 from trainer.exits import exit_on_input_error
-from trainer.options import OptionParser
+from trainer.options import OptionParser, positive_number
 from trainer.scoring.decoder import Decoder, add_decoder_options, check_decoder_options, open_decoder
 
 # What needs torch is imported once the command line is known to be right.
 if TYPE_CHECKING:
     from trainer.export.recognition import Recognition
 
+FPS = 25.0
+"""Frames per second of clips that do not tell."""
+
 
 def main(argv: Sequence[str]) -> int:
     """Check all files first, then print what is signed in each; InputError for a user's mistake."""
     options = parse_options(argv)
     from trainer.export.formats import open_recognition
+    from trainer.export.inputs import check_clips
 
     recognition = open_recognition(options.checkpoint)
-    _check_files(options.files, recognition)
+    check_clips(options.files, recognition)
     decoder = open_decoder(options, recognition.card.glosses, lambda text: print(text, file=sys.stderr))
     predictions = []
     for path in options.files:
@@ -34,31 +38,33 @@ def main(argv: Sequence[str]) -> int:
         if not options.json:
             print(_table(prediction), flush=True)
     if options.json:
-        print(json.dumps({**decoder.as_dict(), "fps": options.fps, "clips": predictions}, indent=1, ensure_ascii=False))
+        print(json.dumps({**decoder.as_dict(), "clips": predictions}, indent=1, ensure_ascii=False))
     return 0
 
 
-def predict(path: Path, recognition: Recognition, decoder: Decoder, *, fps: float) -> dict[str, Any]:
-    """Recognise one feature file.
+def predict(path: Path, recognition: Recognition, decoder: Decoder, *, fps: float | None) -> dict[str, Any]:
+    """Recognise one clip; `fps` None: as the file says, else 25.
 
     Times are in seconds: a gloss lasts as long as the output frames of its alignment, no longer than the clip. Its
     confidence is the mean posterior over these frames. Raises `InputError` for a bad file.
     """
-    from trainer.data.features import read_features
+    from trainer.export.inputs import read_clip
     from trainer.scoring.decoding import confidence
 
-    features = read_features(path)
-    log_probs = recognition.scores(features)
+    clip = read_clip(path, recognition.card)
+    rate = fps or clip.fps or FPS
+    log_probs = recognition.scores(clip.values)
     try:
         emissions = decoder(log_probs)
     except ValueError as error:
         raise InputError(f"{path}: the model's {error}; use another checkpoint") from error
-    seconds = recognition.card.total_stride / fps
-    length = len(features) / fps
+    seconds = recognition.card.total_stride / rate
+    length = len(clip.values) / rate
     glosses = recognition.vocabulary.decode(emission.label for emission in emissions)
     return {
         "file": str(path),
-        "frames": len(features),
+        "frames": len(clip.values),
+        "fps": round(rate, 3),
         "seconds": round(length, 3),
         "glosses": [
             {
@@ -75,10 +81,16 @@ def predict(path: Path, recognition: Recognition, decoder: Decoder, *, fps: floa
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser = OptionParser(
         prog="signscale predict",
-        description="Print the glosses signed in clips of features, with start and end in seconds and a confidence: "
-        "the mean posterior of the gloss over its frames.",
+        description="Print the glosses signed in clips, with start and end in seconds and a confidence: the mean "
+        "posterior of the gloss over its frames.",
     )
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE.npz", help="features of a clip each, [T, D]")
+    parser.add_argument(
+        "files",
+        type=Path,
+        nargs="+",
+        metavar="CLIP",
+        help="for a model of video a video file or a folder of frames (PNG or JPEG) each, else features (.npz, [T, D])",
+    )
     parser.add_argument(
         "--checkpoint",
         type=Path,
@@ -86,41 +98,16 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
         metavar="RUN|EXPORT",
         help="run directory (its best checkpoint), checkpoint, or what `signscale export` wrote",
     )
-    parser.add_argument("--fps", type=float, default=25.0, help="frames per second of the clips (default: 25)")
+    parser.add_argument(
+        "--fps", type=positive_number, help=f"frames per second of the clips (default: as a video says, else {FPS:g})"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     add_decoder_options(parser)
     options = parser.parse(argv)
     problems = check_decoder_options(options)
-    if not 0 < options.fps < float("inf"):
-        problems.append(f"--fps {options.fps}: expected a number above 0; 25 is usual")
     if problems:
         raise InputError(problems)
     return options
-
-
-def _check_files(paths: Sequence[Path], recognition: Recognition) -> None:
-    """Look at all files before the first is recognised; all that is wrong travels in one error."""
-    from trainer.data.features import peek_shape
-
-    problems: list[str] = []
-    for path in paths:
-        if path.is_dir() or path.suffix.lower() != ".npz":
-            problems.append(f"{path}: expected features in an .npz file; extract them from the video first")
-            continue
-        try:
-            num_frames, dim = peek_shape(path)
-        except InputError as error:
-            problems += error.problems
-            continue
-        if dim != (expected := recognition.card.feature_dim):
-            problems.append(f"{path}: expected D = {expected} as in training, found {dim}; extract it anew")
-        if num_frames < recognition.min_frames:
-            problems.append(
-                f"{path}: has {num_frames} frames, this export takes {recognition.min_frames} or more; use the run, or "
-                "an export to another format"
-            )
-    if problems:
-        raise InputError(problems)
 
 
 def _table(prediction: dict[str, Any]) -> str:

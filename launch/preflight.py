@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.slurm.environment import attempt_name
+from launch.slurm.meeting import list_hosts
 from trainer.doctor.finding import Finding, shorten
 from trainer.doctor.node import FINDINGS, OPTIONS, Node, Options, own_name, wait_until
 from trainer.errors import InputError
@@ -32,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     asked = _parse(argv)
     job = JobDirectory(asked.job)
     index = int(os.environ.get("SLURM_NODEID", "0"))
-    attempt = os.environ.get(ATTEMPT) or attempt_name()
+    attempt = os.environ.get(ATTEMPT) or attempt_name(os.environ)
     if index:
         _take_part(asked, job, index, attempt)
         return 0
@@ -55,13 +57,6 @@ def verdict_path(job: JobDirectory, attempt: str) -> Path:
     return job.folder / f"preflight-{attempt}.json"
 
 
-def attempt_name() -> str:
-    """Name the attempt as the director does: JOBID[_TASK].RESTARTS."""
-    task = os.environ.get("SLURM_ARRAY_TASK_ID")
-    job = os.environ.get("SLURM_JOB_ID", "none") if task is None else f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"
-    return f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-
-
 def judge(findings: Sequence[Finding], nodes: Sequence[str]) -> dict[str, Any]:
     """Turn findings into a verdict: a failure that all nodes share excludes none of them, it is no node's fault."""
     failures = [one for one in findings if one.verdict == "FAIL"]
@@ -81,18 +76,19 @@ def judge(findings: Sequence[Finding], nodes: Sequence[str]) -> dict[str, Any]:
 
 def _lead(asked: Namespace, job: JobDirectory, attempt: str) -> dict[str, Any]:
     plan = json.loads(job.plan.read_text(encoding="utf-8"))
-    names = tuple(name for name in os.environ.get("SIGNSCALE_HOSTS", "").split(",") if name)
-    nodes = int(os.environ.get("SLURM_NNODES", plan["nodes"]))
+    names = tuple(list_hosts())
     options = Options(
         run=plan["run"],
         token=secrets.token_hex(16),
-        nodes=nodes,
-        names=names if len(names) == nodes else (),
+        nodes=len(names),
+        names=names,
         ranks_per_node=plan["ranks_per_node"],
         accelerate_config=str(Path(plan["accelerate_config"]).absolute()) if plan.get("accelerate_config") else "",
         cpu=bool(plan.get("use_cpu", False)),
         # A command without torch has no devices to look at.
         ranks=plan.get("launcher", "accelerate") == "accelerate",
+        # The job goes back into the queue without the bad nodes, and comes here again.
+        hasty=True,
         patience=asked.patience,
         limit=asked.limit,
     )

@@ -158,6 +158,9 @@ def _resolve_slurm(plan: Plan, options: LaunchOptions) -> Plan:
     elif not (ROOT / MULTI_NODE).exists():
         raise InputError(f"{ROOT / MULTI_NODE}: is missing; name a configuration with --accelerate_config PATH")
     interpreter = slurm.interpreter or (f"{make_absolute(slurm.venv)}/bin/python" if slurm.venv else plan.interpreter)
+    if slurm.container and set(",:") & set(str(plan.run)):
+        raise InputError(f"{plan.run}: is to be seen in the container, where , and : part folders; choose another name")
+    # A copy that would be too large is better known of now.
     list_files()
     made = {**dataclasses.asdict(slurm), "venv": make_absolute(slurm.venv)}
     return dataclasses.replace(

@@ -174,3 +174,23 @@ def test_a_checkpoint_of_another_kind_is_refused(trained: Path, tmp_path: Path) 
 )
 def test_a_mistake_on_the_command_line_is_named(flags: list[str], said: str) -> None:
     assert re.search(said.replace("?", r"\?"), refusal(*flags))
+
+
+def test_a_bad_value_does_not_bring_up_the_corpus_that_the_sizes_stand_for() -> None:
+    said = refusal(*STUDENT, *SIZES, "--width", "0")
+    assert "width" in said
+    assert "data_dir" not in said
+
+
+def test_a_pass_of_the_head_warns_of_nothing() -> None:
+    # A process of its own: torch gives this warning once.
+    code = (
+        "import numpy, torch\n"
+        "from trainer.layout import lay_out\nfrom trainer.models.temporal_head import TemporalHead\n"
+        "head = TemporalHead(3, rnn_size=2, rnn_layers=1, dropout=0.0, num_classes=2)\n"
+        "assert head(torch.zeros(2, 3), lay_out(numpy.array([4]), 4)).shape == (1, 2)\n"
+        "assert torch.backends.mkldnn.enabled\n"
+    )
+    warned = [sys.executable, "-W", "error::UserWarning", "-c", code]
+    done = subprocess.run(warned, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -227,19 +227,6 @@ def test_damaged_exports_are_refused_by_name(run: Path, clip: Path, tmp_path: Pa
         predict([str(clip), "--checkpoint", str(tmp_path)])
 
 
-def test_a_model_over_video_is_refused_by_name() -> None:
-    card = Card(
-        glosses=("A",),
-        feature_dim=0,
-        total_stride=4,
-        normalization="none",
-        model={"model": "mobilenet_v3_small"},
-        step=0,
-    )
-    with pytest.raises(InputError, match="mobilenet_v3_small is a model over video"):
-        restore_model(card, {}, "runs/video")
-
-
 def test_what_is_there_is_not_written_over_and_a_failed_export_leaves_nothing(
     run: Path, corpus: Path, tmp_path: Path
 ) -> None:

@@ -36,11 +36,11 @@ def write_frames(folder: Path, frames: Sequence[Pixels], *, suffix: str = ".png"
     return folder
 
 
-def write_video(path: Path, frames: Pixels, *, codec: str = "libx264", pixels: str = "yuv420p") -> Path:
+def write_video(path: Path, frames: Pixels, *, codec: str = "libx264", pixels: str = "yuv420p", rate: int = 25) -> Path:
     """Encode frames into a container of the path's kind."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25)
+        stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = pixels
         for frame in frames:

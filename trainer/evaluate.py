@@ -93,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> Outcome:
         engine.on_main(lambda: _write(output, report, options, clips, emissions, checkpoint, job))
         progress.say(_table(report, decoder, output / f"{options.split}.json"))
         exceeded = options.max_wer is not None and not result.counts.wer <= options.max_wer
-        said = f"WER of {options.split} {result.counts.wer:.2f} %" + f", above {options.max_wer} %" * exceeded
+        wer = f"{result.counts.wer:.2f} %" if report["wer"] is not None else "undefined"
+        said = f"WER of {options.split} {wer}" + f", not at most {options.max_wer} %" * exceeded
         return Outcome(int(exceeded), said, step=checkpoint.state.step)
 
 

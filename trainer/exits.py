@@ -30,7 +30,7 @@ class Outcome(int):
     reason: str
     """One line for people."""
     step: int | None
-    """Newest optimizer step that is saved (None: the command takes no steps)."""
+    """Newest optimizer step that is saved, or whatever else counts progress (None: nothing does)."""
     word: Word
     """DONE, or RESUME where the same command has to go on."""
 
@@ -61,13 +61,13 @@ def exit_on_input_error(main: Callable[[], int | None]) -> NoReturn:
         code = int(outcome)
     except InputError as error:
         code = EXIT_INPUT_ERROR
-        _leave_failure("; ".join(error.problems), code, alone=error.local)
         _speak(format_problems(error.problems), alone=error.local)
+        _leave_failure("; ".join(error.problems), code, alone=error.local)
     except TrainingFailedError as error:
         code = 1
+        _speak(f"failed: {error}", alone=error.local)
         if not error.passing:
             _leave_failure(str(error), code, alone=error.local)
-        _speak(f"failed: {error}", alone=error.local)
     except RuntimeError as error:
         if not any(text in str(error) for text in _LOST_CONTACT):
             raise
@@ -88,8 +88,8 @@ def _leave_failure(reason: str, code: int, *, alone: bool) -> None:
         return
     try:
         find_job().leave_word("FAILED", step=None, reason=reason, code=code)
-    except InputError as error:
-        print(format_problems(error.problems), file=sys.stderr, flush=True)
+    except (InputError, OSError) as error:
+        print(f"error: the job is not told of this failure: {error}", file=sys.stderr, flush=True)
 
 
 def _speak(message: str, *, alone: bool = False) -> None:

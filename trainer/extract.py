@@ -99,11 +99,11 @@ def main(argv: Sequence[str] | None = None) -> Outcome:
                 error.local = True
                 raise
             left = int(engine.all_reduce(torch.tensor([left])).item())
-            if left:
+            wer = None if left else _teacher_wer(engine, corpus, checkpoint, options, progress, stop)
+            if engine.all_reduce(torch.tensor([int(left > 0 or stop.requested)])).item():
                 said = f"stopped {stop.reason} with {left} of {count} shards to go; the same command goes on ({output})"
                 progress.say(said)
-                return Outcome(1, said, word="RESUME")
-            wer = _teacher_wer(engine, corpus, checkpoint, options, progress)
+                return Outcome(1, said, step=count - left, word="RESUME")
             facts = {"checkpoint": str(folder), "teacher_wer": wer, "protocol": checkpoint.recipe.run.protocol}
             engine.on_main(lambda: shards.publish(count, checkpoint.vocabulary, facts))
         written = engine.on_main(lambda: SoftTargets(output))
@@ -253,6 +253,7 @@ def _teacher_wer(
     checkpoint: Checkpoint,
     options: argparse.Namespace,
     progress: Progress,
+    stop: StopRequest,
 ) -> float | None:
     """Measure the teacher's dev WER, which a student is compared with; None if the corpus has no dev split."""
     try:
@@ -261,7 +262,7 @@ def _teacher_wer(
         progress.say(f"warning: the teacher's dev WER stays unknown: {error.problems[0]}")
         return None
     loader = evaluation_loader(checkpoint, dev, num_workers=options.num_workers, device=engine.device)
-    return measure_wer(engine, loader, checkpoint.recipe.run.protocol)
+    return measure_wer(engine, loader, checkpoint.recipe.run.protocol, lambda: stop.requested)
 
 
 def _table(written: SoftTargets) -> str:

@@ -24,9 +24,12 @@ _SWITCHES = {name for name, kind in _TYPES.items() if kind == "bool"}
 _OPTIONAL = {name for name, kind in _TYPES.items() if kind.endswith("None")}
 
 
-def parse_recipe(argv: Sequence[str], prog: str = "signscale train", *, check: bool = True) -> Recipe:
+def parse_recipe(
+    argv: Sequence[str], prog: str = "signscale train", *, check: bool = True, needs_corpus: bool = True
+) -> Recipe:
     """Parse flags, and the files that `--config` names, into a recipe.
 
+    `check`: whether impossible combinations are refused; `needs_corpus`: whether a recipe without a corpus is one.
     `--help` and `--print_config` print and exit 0. Raises `InputError` with every unknown key (and the nearest known
     one), wrong type and impossible combination in one go, each naming the file or the command line.
     """
@@ -54,7 +57,8 @@ def parse_recipe(argv: Sequence[str], prog: str = "signscale train", *, check: b
         raise SystemExit(0)
     if check or problems:
         # A combination that involves a bad key would be judged on that key's default.
-        problems += [p for p in combination_problems(recipe) if not any(re.search(rf"\b{k}\b", p) for k in bad)]
+        found = combination_problems(recipe, needs_corpus=needs_corpus)
+        problems += [problem for problem in found if not any(re.search(rf"\b{key}\b", problem) for key in bad)]
     if problems:
         raise InputError(problems)
     return recipe

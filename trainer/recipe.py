@@ -342,8 +342,8 @@ FREE_ON_RESUME = frozenset(
 )
 
 
-def combination_problems(recipe: Recipe) -> list[str]:
-    """List what is impossible in combination, each with its mend."""
+def combination_problems(recipe: Recipe, *, needs_corpus: bool = True) -> list[str]:
+    """List what is impossible in combination, each with its mend; without a corpus nothing is, where one is needed."""
     corpus, model, opt, run = recipe.corpus, recipe.model, recipe.optimization, recipe.run
     problems = [
         f"{name}: {value} is not a finite number; choose one"
@@ -352,7 +352,7 @@ def combination_problems(recipe: Recipe) -> list[str]:
     ]
     if run.seed >= 2**64:
         problems.append(f"seed: {run.seed} has more than 64 bits; choose a smaller one")
-    if not corpus.data_dir:
+    if needs_corpus and not corpus.data_dir:
         problems.append("data_dir: not given; name the folder that holds train/, dev/ and test/ (--data_dir DIR)")
     if "{" in corpus.annotations and "{split}" not in corpus.annotations:
         problems.append(

@@ -43,24 +43,26 @@ def cancel(
     """
     evidence = _read(run, task)
     targets = [e for e in evidence if _is_active(e)]
-    trouble = next((e.known.trouble for e in evidence if e.known.trouble), None)
     elsewhere = [e for e in evidence if _works_elsewhere(e)]
+    trouble = next((e.known.trouble for e in evidence if e.known.trouble and not _is_over(e)), None)
     if not targets and not elsewhere and not trouble:
         return Outcome(code=0, lines=(f"{run}: nothing to cancel: no job of it runs or waits",))
-    if trouble:
-        targets = evidence
-    for e in [*targets, *elsewhere]:
-        e.directory.cancel(reason)
-    if len(evidence) > 1 and task is None:
+    if task is None:
+        # Of an array, too: what has not begun finds it here.
         JobDirectory.of(run).cancel(reason)
+    for e in evidence if trouble else [*targets, *elsewhere]:
+        if task is not None or e.attempts:
+            e.directory.cancel(reason)
     for e in elsewhere:
-        say(f"{e.run}: process {e.newest.pid} on {e.newest.host} is asked to save and leave; wait for it there")  # type: ignore[union-attr]
+        assert e.newest is not None
+        say(f"process {e.newest.pid} on {e.newest.host} is asked to save and leave; look there whether it has")
     if trouble:
         return Outcome(
             code=1,
             lines=(f"{trouble}; {run} is asked to save and leave, and a job of it that waits will leave as it begins",),
         )
-    failures = _Waiting(run, task, at_once=at_once, patience=patience, say=say).wait() if targets else []
+    waiting = _Waiting(run, task, at_once=at_once, patience=patience, reason=reason, say=say)
+    failures = waiting.wait() if targets else []
     for e in _read(run, task):
         _close(e, reason)
     return Outcome(code=1 if failures else 0, lines=tuple(failures))
@@ -71,6 +73,11 @@ def _read(run: Path, task: int | None) -> list[Evidence]:
     whole = read_evidence(run, queue)
     tasks = read_tasks(whole, queue)
     return [tasks[task]] if task is not None else tasks or [whole]
+
+
+def _is_over(e: Evidence) -> bool:
+    """Tell whether a run's files alone say that its job is over."""
+    return e.word is not None and e.word.word != "RESUME"
 
 
 def _is_active(e: Evidence) -> bool:
@@ -108,9 +115,16 @@ class _Waiting:
     """The wait for jobs to leave, and what is done to those that do not."""
 
     def __init__(
-        self, run: Path, task: int | None, *, at_once: bool, patience: float, say: Callable[[str], None]
+        self,
+        run: Path,
+        task: int | None,
+        *,
+        at_once: bool,
+        patience: float,
+        reason: str,
+        say: Callable[[str], None],
     ) -> None:
-        self._run, self._task, self._say = run, task, say
+        self._run, self._task, self._reason, self._say = run, task, reason, say
         self._began = time.monotonic()
         self._patience = 0.0 if at_once else patience
         self._at_once = at_once
@@ -135,6 +149,9 @@ class _Waiting:
 
     def _treat(self, e: Evidence) -> None:
         job = find_live(e.known.jobs)
+        if not e.directory.cancellation.exists() and (job is None or not is_waiting(job)):
+            # A task that began after the others were asked.
+            e.directory.cancel(self._reason)
         if job is None:
             leader = _local_leader(e)
             if leader is not None:

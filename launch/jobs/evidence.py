@@ -101,18 +101,19 @@ def gather(
 ) -> Evidence:
     """Put together what is known; a task's attempts are in its own run, its submissions in the array's."""
     own = submitter if task is None else JobDirectory.of(run)
+    lines = list(submissions) if task is None else [*submissions, *read_submissions(own)]
     cancelled = own.cancelled() or (submitter.cancelled() if task is not None else None)
     return Evidence(
         run=run,
         directory=own,
         plan=plan,
-        submissions=tuple(submissions),
+        submissions=tuple(lines),
         attempts=tuple(_attempts(own, submitter, task)),
         word=_word(own, submitter, task),
         cancelled=cancelled,
         stop_asked=own.stop.exists(),
         lacking=tuple(find_lacking(own)),
-        known=queue.jobs_of(submitter, submissions, task),
+        known=queue.jobs_of(submitter, lines, task),
     )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
+from launch.jobs.again import command_again
 from launch.jobs.evidence import Evidence
 from launch.jobs.processes import is_alive, is_here
 from launch.jobs.words import say_ago, say_duration, say_time
@@ -105,8 +106,7 @@ def _judge_word(e: Evidence) -> Verdict:
     when = say_ago(said.time, e.now)
     step = f" at step {said.step}" if said.step is not None else ""
     if said.word == "DONE":
-        missed = getattr(said, "code", 0)
-        verdict = "finished, but not as well as was asked for" if missed else "finished"
+        verdict = "finished, but not as well as was asked for" if said.code else "finished"
         return Verdict(state="DONE", why=f"{verdict}{step} {when}: {said.reason}", next=_after_done(e))
     if said.word == "FAILED":
         return Verdict(state="FAILED", why=f"{said.reason} ({when}{step})", next=(*_log(e), *_again(e)))
@@ -223,9 +223,6 @@ def _after_done(e: Evidence) -> tuple[str, ...]:
 
 
 def _again(e: Evidence) -> tuple[str, ...]:
-    plan: dict[str, Any] = e.plan or {}
-    if not plan.get("command") or plan.get("tasks"):
-        return ()
-    options = " OPTIONS" if plan.get("way") == "slurm" else ""
-    remark = "  # go on from the newest checkpoint, with the options of before" if e.attempts else "  # start it"
-    return (f"signscale launch {plan.get('way')}{options} -- {shlex.join(map(str, plan['command']))}{remark}",)
+    command = command_again(e.plan or {}, e.directory)
+    remark = "go on from the newest checkpoint" if e.attempts else "start it"
+    return () if command is None else (f"{command}  # {remark}",)

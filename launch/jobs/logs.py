@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from trainer.errors import InputError
-from trainer.job.directory import JobDirectory
+from trainer.job.directory import JobDirectory, read_lines
 
 _NODE, _NUMBERED = re.compile(r"node-(\d+)"), re.compile(r"attempt_(\d+)")
 STREAMS = ("stdout", "stderr")
@@ -41,6 +41,15 @@ def find_sources(directory: JobDirectory, attempt: str, rank: int | None, ranks_
         return []
     numbers = ", ".join(map(str, sorted(ranks)))
     raise InputError(f"--rank {rank}: attempt {attempt} has no such rank in {folder}; expected one of: {numbers}")
+
+
+def find_outputs(directory: JobDirectory) -> list[Path]:
+    """List what SLURM kept of the newest submission: all there is of a job that failed before its first attempt."""
+    submissions = read_lines(directory.submissions)
+    if not submissions:
+        return []
+    job_id = submissions[-1]["job_id"]
+    return sorted((*directory.logs.glob(f"slurm-{job_id}.out"), *directory.logs.glob(f"slurm-{job_id}_*.out")))
 
 
 def list_ranks(folder: Path, ranks_per_node: int | None) -> dict[int, Path]:

@@ -90,10 +90,16 @@ def _understand_train(rest: Sequence[str]) -> Command:
 
 def _understand_options(name: str, rest: Sequence[str]) -> Command:
     # Loads torch; the command's own parser is the one that knows all that can be wrong.
+    from trainer.checkpoint.store import MANIFEST
+
     options = importlib.import_module(MODULES[name]).parse_options(rest)
     words = (name, *_absolute_words(rest, set(_OPTION_PATHS[name])))
     checkpoint = Path(options.checkpoint).absolute()
-    owner = checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
+    if checkpoint.parent.name == "checkpoints":
+        owner = checkpoint.parents[1]
+    else:
+        # A checkpoint outside a run has its results beside it.
+        owner = checkpoint.parent if (checkpoint / MANIFEST).is_file() else checkpoint
     if name == "extract":
         run = Path(options.output).absolute() if options.output else owner / "soft_targets" / options.split
     else:

@@ -63,8 +63,8 @@ class Queue:
 
 
 def find_parents(submission: dict[str, Any]) -> list[str]:
-    """List the numbers of the jobs that a submission comes after; its dependencies are sbatch's (afterok:17:18)."""
-    return [number for one in submission.get("after") or () for number in re.findall(r"\d+", str(one))]
+    """List the numbers of the jobs that a submission comes after; its dependencies are sbatch's (afterok:17:18_3)."""
+    return [number for one in submission.get("after") or () for number in re.findall(r"(\d+)(?:_\d+)?", str(one))]
 
 
 def _is_own(job: QueuedJob, directory: JobDirectory, submission: dict[str, Any]) -> bool:

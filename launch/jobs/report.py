@@ -12,7 +12,7 @@ from launch.jobs.evidence import Evidence, gather, read_plan, read_submissions, 
 from launch.jobs.judging import ACTIVE, State, Verdict, judge
 from launch.jobs.plain_run import judge_plain
 from launch.jobs.queue import Queue, find_parents
-from launch.jobs.traces import METRICS, Progress, read_progress, tail
+from launch.jobs.traces import Progress, read_progress, tail
 from launch.jobs.words import say_duration, say_time
 from launch.slurm.squeue import QueuedJob
 from launch.slurm.states import explain_end, has_ended
@@ -90,7 +90,7 @@ def report_runs(runs: Sequence[Path]) -> tuple[list[RunReport], list[str]]:
             readable.append((run, directory, read_plan(directory), read_submissions(directory)))
         except (InputError, OSError) as error:
             problems += _name_problems(run, error)
-    queue = Queue(line for _, _, _, submissions in readable for line in submissions)
+    queue = Queue(line for _, _, plan, submissions in readable for line in (*submissions, *_of_tasks(plan, problems)))
     reports = []
     for run, directory, plan, submissions in readable:
         try:
@@ -98,6 +98,17 @@ def report_runs(runs: Sequence[Path]) -> tuple[list[RunReport], list[str]]:
         except (InputError, OSError) as error:
             problems += _name_problems(run, error)
     return reports, problems
+
+
+def _of_tasks(plan: dict[str, Any] | None, problems: list[str]) -> list[dict[str, Any]]:
+    """List what the tasks of an array submitted themselves, where SLURM would not take them back."""
+    lines: list[dict[str, Any]] = []
+    for task in (plan or {}).get("tasks") or []:
+        try:
+            lines += read_submissions(JobDirectory.of(Path(task["run"])))
+        except InputError as error:
+            problems += error.problems
+    return lines
 
 
 def report_run(run: Path) -> RunReport:
@@ -169,7 +180,7 @@ def _report_one(e: Evidence, queue: Queue, task: int | None) -> RunReport:
         job=verdict.job,
         job_ids=tuple(dict.fromkeys(str(line["job_id"]) for line in e.submissions)),
         attempts=e.attempts,
-        progress=progress if (e.run / METRICS).exists() or progress.step is not None else None,
+        progress=progress if progress.step is not None else None,
         outlook=_foresee(verdict, progress, e.now),
         notes=tuple(notes),
         log=e.log if e.log and e.log.exists() else None,
@@ -187,6 +198,9 @@ def _blame(e: Evidence, queue: Queue) -> str | None:
     line = e.submissions[-1]
     parts = []
     for job_id in find_parents(line):
+        if any(job_id == other["job_id"] for other in e.submissions):
+            # Submitted anew by its own earlier job, which it only follows.
+            continue
         job = queue.find(job_id, line.get("cluster"))
         if job is None:
             parts.append(f"job {job_id}, which SLURM no longer knows")

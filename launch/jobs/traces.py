@@ -69,6 +69,9 @@ def read_progress(run: Path, attempt: AttemptRecord | None, log: Path | None, *,
     if steps and written is not None:
         marks.append((written, steps[-1]))
     step, total = _find_total(log)
+    said = _modified(log) if log is not None and step is not None else None
+    if step is not None and said is not None:
+        marks.append((said, step))
     known = [number for number in (steps[-1] if steps else None, saved, step) if number is not None]
     return Progress(
         step=max(known, default=None),

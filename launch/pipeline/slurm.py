@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from launch.jobs.live import queue_state
+from launch.jobs.live import find_live
 from launch.jobs.plan import Plan
 from launch.pipeline.deciding import Decision
 from launch.pipeline.definition import Definition
@@ -34,7 +34,7 @@ def find_queued(stages: Sequence[Ready]) -> dict[str, str]:
     found: dict[str, str] = {}
     for ready in stages:
         submissions = read_lines(ready.job.submissions)
-        if submissions and queue_state(str(submissions[-1]["job_id"]), submissions[-1].get("cluster")):
+        if submissions and find_live(ready.job):
             found[ready.name] = str(submissions[-1]["job_id"])
     return found
 

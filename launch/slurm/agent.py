@@ -14,7 +14,7 @@ from launch.slurm.environment import attempt_name, task_number
 from launch.slurm.meeting import Meeting, meet
 from trainer.errors import InputError
 from trainer.exits import EXIT_INPUT_ERROR, exit_on_input_error
-from trainer.job.directory import ATTEMPT, END_TIME, JOB, TOKEN, JobDirectory
+from trainer.job.directory import ATTEMPT, JOB, TOKEN, JobDirectory
 
 _SECONDS_TO_SAVE = 3600
 """How long a launcher waits for its ranks after a signal; the scheduler's own limits are shorter."""
@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if nodes != plan.nodes:
             raise InputError(f"{job.plan}: the job has {nodes} nodes, its plan {plan.nodes}; launch it again")
-        meeting = meet(job, attempt, node=node, nodes=nodes, seconds=plan.meeting_seconds)
+        noted = plan.job.folder / f"nodes-{attempt}"
+        meeting = meet(job, attempt, node=node, nodes=nodes, seconds=plan.meeting_seconds, unfit=noted)
     except InputError as error:
         if node == 0:
             job.leave_word(
@@ -97,8 +98,6 @@ def rank_environment(plan: Plan, job: JobDirectory, attempt: str, *, meeting: Me
         "MASTER_ADDR": meeting.address,
         "MASTER_PORT": str(meeting.port),
     }
-    if meeting.end_time is not None:
-        found[END_TIME] = str(meeting.end_time)
     if plan.use_cpu:
         found["ACCELERATE_USE_CPU"] = "true"
     return found

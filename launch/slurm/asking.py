@@ -18,6 +18,7 @@ from launch.slurm.squeue import (
     parse_scontrol,
     parse_squeue,
 )
+from launch.slurm.states import has_ended
 
 _SECONDS = 30.0
 """A controller that does not answer is given up by squeue itself after 8 to 10 s."""
@@ -62,10 +63,12 @@ def ask(job_ids: Iterable[str], cluster: str | None = None) -> Answer:
             break
     missing = sorted(set(wanted) - {job.base for job in jobs})
     if missing:
-        jobs += _ask_accounting(missing, cluster)
-        if trouble and not set(wanted) - {job.base for job in jobs if job.state not in ("PENDING", "RUNNING")}:
-            # The accounting has seen them all end; there is nothing left to ask the controller.
-            trouble = None
+        found = _ask_accounting(missing, cluster)
+        # What the controller does not know has ended, even where the accounting missed it.
+        jobs += [job for job in found if trouble or has_ended(job)]
+    if trouble and set(wanted) == {job.base for job in jobs} and all(map(has_ended, jobs)):
+        # All ends are on record; there is nothing left to ask the controller.
+        trouble = None
     return Answer(jobs=tuple(jobs), trouble=trouble)
 
 

@@ -13,113 +13,38 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
-from launch.jobs.plan import Plan
 from launch.pipeline.record import begin
 from launch.slurm import control
+from launch.slurm.attempt import Leading, close_predecessors, find
 from launch.slurm.control import ControlError
-from launch.slurm.decision import ENDED_BY_SLURM, Decision, Preflight, Situation, decide
-from launch.slurm.environment import attempt_name, job_name, task_number
+from launch.slurm.decision import Decision, Preflight, Situation, decide
 from launch.slurm.needs import redirect_children
-from launch.slurm.relay import ExitNoise, relay, telling_line
+from launch.slurm.relay import ExitNoise, notice_of_cancellation, relay, telling_line
+from launch.slurm.requests import StopRequests, say
 from launch.slurm.submit import submit
 from launch.sweep.table import RECORD, publish
 from trainer.errors import InputError
 from trainer.exits import exit_on_input_error
-from trainer.job.directory import ATTEMPT, END_TIME, JOB, AttemptRecord, JobDirectory, LastWord
+from trainer.job.directory import ATTEMPT, END_TIME, JOB, AttemptRecord
 
-_REQUESTS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _SECONDS_FOR_PREFLIGHT = 900.0
 _SECONDS_UNTIL_KILLED = 600.0
 """How long a requeued script waits for SLURM to end it; KillWait is 30 s by default."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Leading:
-    """Which attempt at what this process leads."""
-
-    plan: Plan
-    job: JobDirectory
-    """Of an array, the task's own."""
-    job_id: str
-    """As squeue and scontrol name it: an array's task is 4711_3."""
-    task: int | None
-    """Number of the array's task; None: the job is none."""
-    restarts: int
-    """How often SLURM put the job back into the queue."""
-    attempt: str
-    nodes: str
-    """As SLURM abbreviates them."""
-
-    @property
-    def log(self) -> Path:
-        """Everything that the attempt says."""
-        return self.job.logs / f"{self.attempt}.log"
-
-    def saved_step(self) -> int | None:
-        """Return the step of the newest checkpoint; None where there is none."""
-        pointer = self.job.folder.parent / "checkpoints" / "last.json"
-        try:
-            return int(json.loads(pointer.read_text(encoding="utf-8"))["checkpoint"].rpartition("-")[2])
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{pointer}: is damaged ({error!r})") from error
-
-    def word(self) -> LastWord | None:
-        """Return the last word of this attempt, if it has left one."""
-        word = self.job.last_word()
-        return word if word is not None and word.attempt == self.attempt else None
-
-
-class StopRequests:
-    """SLURM's signals, passed on as one request to stop."""
-
-    def __init__(self, job: JobDirectory, attempt: str) -> None:
-        self._job, self._attempt = job, attempt
-        self._number: int | None = None
-        self._passed_on = False
-        self._open = False
-        for number in _REQUESTS:
-            signal.signal(number, self._note)
-
-    def open(self) -> None:
-        """Pass requests on from now on, and the one that came before."""
-        self._open = True
-        self._pass_on()
-
-    def close(self) -> None:
-        """Pass no more on: the ranks have left."""
-        self._open = False
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._number = self._number or number
-        self._pass_on()
-
-    def _pass_on(self) -> None:
-        # The attempt after this one must not be stopped by what was meant for this one.
-        if self._open and self._number and not self._passed_on and self._job.owner_attempt() == self._attempt:
-            self._passed_on = True
-            name = signal.Signals(self._number).name
-            say(f"{name} of SLURM (time limit, preemption or scancel): asking the ranks to save and leave")
-            self._job.request_stop(f"{name} of SLURM")
-
-
 def main(argv: Sequence[str]) -> int:
     """Lead the attempt; 0: the job is done, 1: it is not (a requeued script is ended by SLURM instead)."""
     options, preflight, command = _parse(argv)
-    leading = _find(options.job)
+    leading = find(options.job)
     requests = StopRequests(leading.job, leading.attempt)
-    if (over := _close_predecessors(leading)) is not None:
+    if (over := close_predecessors(leading)) is not None:
         say(f"{over.attempt} left {over.word} ({over.reason}); nothing is left to do")
         return over.code if over.word == "DONE" else 1
     leading.job.begin(
@@ -158,11 +83,6 @@ def _refuse(leading: Leading, lacking: str) -> int:
     return 1
 
 
-def say(text: str) -> None:
-    """Print a line of the director's own."""
-    print(f"signscale: {text}", flush=True)
-
-
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
     parser = argparse.ArgumentParser(prog="python -m launch.slurm.director", description=__doc__)
     parser.add_argument("--job", type=Path, required=True, help="RUN/job")
@@ -174,40 +94,6 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str
     if not command:
         parser.error("expected -- and the command that starts the ranks")
     return options, own[at + 1 :], command
-
-
-def _find(folder: Path) -> Leading:
-    job = JobDirectory(folder.absolute())
-    if not job.plan.exists():
-        where = f"{socket.gethostname()} does not see {job.plan}"
-        raise InputError(f"{where}; the run directory must lie on a file system that all nodes share")
-    plan, task = Plan.load(job.plan), task_number(os.environ)
-    return Leading(
-        plan=plan,
-        job=job if plan.tasks is None else plan.job_of(task),
-        job_id=job_name(os.environ),
-        task=task,
-        restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
-        attempt=attempt_name(os.environ),
-        nodes=os.environ.get("SLURM_JOB_NODELIST", ""),
-    )
-
-
-def _close_predecessors(leading: Leading) -> LastWord | None:
-    """Record the end of attempts that could not; return the last word of one that ended the whole job."""
-    word, saved = leading.job.last_word(), leading.saved_step()
-    over = None
-    for record in leading.job.history():
-        if record.ended is not None or record.attempt == leading.attempt:
-            continue
-        if word is not None and word.attempt == record.attempt:
-            leading.job.end(record.attempt, step=saved, word=word.word, reason=word.reason)
-            if word.word != "RESUME" and record.job_id == leading.job_id:
-                # SLURM took the job back between the last word and the end of its script.
-                over = word
-        else:
-            leading.job.end(record.attempt, step=saved, word=None, reason=ENDED_BY_SLURM)
-    return over
 
 
 def _environment(leading: Leading) -> dict[str, str]:
@@ -269,7 +155,7 @@ def _conclude(leading: Leading, found: Preflight | None) -> int:
             earlier=[record for record in job.history() if record.attempt != attempt],
             word=word,
             saved=saved,
-            asked=_asked_to_end(job, state),
+            asked=_asked_to_end(leading, state),
             preflight=found,
             nodes=control.node_names(leading.nodes) if found is not None and not found.ok else (),
             may_requeue=state.get("Requeue", "1") == "1",
@@ -290,11 +176,12 @@ def _conclude(leading: Leading, found: Preflight | None) -> int:
     return word.code if decision.action == "done" and word is not None else 1
 
 
-def _asked_to_end(job: JobDirectory, state: dict[str, str]) -> str | None:
-    if (cancelled := job.cancelled()) is not None:
+def _asked_to_end(leading: Leading, state: dict[str, str]) -> str | None:
+    if (cancelled := leading.job.cancelled()) is not None:
         return cancelled.reason
-    # SLURM would requeue even a job that was cancelled.
-    return "scancel" if state.get("JobState") == "CANCELLED" else None
+    # SLURM would requeue even a job that was cancelled; and while it ends it, it does not say why.
+    ending = state.get("JobState") == "COMPLETING" and notice_of_cancellation(leading.log) == ""
+    return "scancel" if ending or state.get("JobState") == "CANCELLED" else None
 
 
 def _requeue(leading: Leading, decision: Decision) -> None:

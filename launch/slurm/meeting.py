@@ -33,8 +33,6 @@ class Meeting:
     port: int
     token: str
     """What all ranks compare, so that a rank of another job is refused."""
-    end_time: float | None
-    """Unix seconds of the time limit; None where there is none."""
     node: int
     """Number of this node."""
     host: str
@@ -42,10 +40,13 @@ class Meeting:
     """Network interface that leads to the other nodes."""
 
 
-def meet(job: JobDirectory, attempt: str, *, node: int, nodes: int, seconds: float) -> Meeting:
+def meet(
+    job: JobDirectory, attempt: str, *, node: int, nodes: int, seconds: float, unfit: Path | None = None
+) -> Meeting:
     """Report this node, and wait until the head node has seen all of them.
 
-    Raises `InputError` on every node if one does not come within `seconds`, or runs other versions.
+    `unfit` is where the batch script notes nodes that cannot even start Python (default: where nodes report). Raises
+    `InputError` on every node if one does not come within `seconds`, or runs other versions.
     """
     folder = job.folder / f"nodes-{attempt}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +59,7 @@ def meet(job: JobDirectory, attempt: str, *, node: int, nodes: int, seconds: flo
     write_json(folder / f"node-{node}.json", here)
     deadline = time.monotonic() + seconds
     if node == 0:
-        agreed = _agree(folder, attempt, hosts, deadline)
+        agreed = _agree(folder, attempt, hosts, deadline, unfit or folder)
         write_json(folder / "meeting.json", agreed)
     else:
         agreed = _wait_for(folder / "meeting.json", deadline + 10, f"the head node, {hosts[0]},")
@@ -101,14 +102,14 @@ def describe_versions() -> dict[str, str | None]:
     return versions
 
 
-def _agree(folder: Path, attempt: str, hosts: list[str], deadline: float) -> dict[str, Any]:
+def _agree(folder: Path, attempt: str, hosts: list[str], deadline: float, noted: Path) -> dict[str, Any]:
     """Wait for all nodes, compare them, and choose where the ranks meet; or say why not."""
     reports: dict[int, dict[str, Any]] = {}
     while len(reports) < len(hosts):
         for node in set(range(len(hosts))) - reports.keys():
             if report := _read(folder / f"node-{node}.json"):
                 reports[node] = report
-        unfit = [path.read_text(encoding="utf-8").strip() for path in folder.glob("unfit.*")]
+        unfit = [path.read_text(encoding="utf-8").strip() for path in noted.glob("unfit.*")]
         if unfit:
             return {
                 "refused": f"{name_some(unfit)}; check --interpreter, --venv or --conda, and that all nodes share it"
@@ -125,7 +126,7 @@ def _agree(folder: Path, attempt: str, hosts: list[str], deadline: float) -> dic
     port = next((port for port in ports(attempt) if is_free(port)), None)
     if port is None:
         return {"refused": f"{hosts[0]}: none of the ports of this attempt is free; launch the job again"}
-    return {"address": address, "port": port, "token": secrets.token_hex(16), "end_time": find_end_time()}
+    return {"address": address, "port": port, "token": secrets.token_hex(16)}
 
 
 def compare_versions(reports: list[dict[str, Any]]) -> list[str]:
@@ -138,20 +139,6 @@ def compare_versions(reports: list[dict[str, Any]]) -> list[str]:
         for name, version in report["versions"].items()
         if version != head["versions"].get(name)
     ]
-
-
-def find_end_time() -> float | None:
-    """Return when the time limit ends this job, in Unix seconds; None where there is no limit."""
-    if end := os.environ.get("SLURM_JOB_END_TIME"):
-        return float(end)
-    # Older versions do not say so themselves.
-    answer = subprocess.run(
-        ["squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", "%e"], capture_output=True, text=True, check=False
-    )
-    try:
-        return time.mktime(time.strptime(answer.stdout.split()[0], "%Y-%m-%dT%H:%M:%S"))
-    except (IndexError, ValueError):
-        return None
 
 
 def _wait_for(path: Path, deadline: float, whom: str) -> dict[str, Any]:

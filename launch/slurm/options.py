@@ -175,6 +175,9 @@ def _find_problems(options: SlurmOptions) -> Iterator[str]:
         yield "--mem_per_gpu: there are no GPUs; add --gpus_per_node, or use --mem"
     if options.venv and options.conda:
         yield "--venv, --conda: one environment can be active; choose"
+    for mount in options.container_mounts:
+        if "," in mount or mount.count(":") > 2:
+            yield f"--container_mounts {mount}: expected FROM, FROM:TO or FROM:TO:ro, without commas; give it again"
     if options.container_mounts and not options.container:
         yield "--container_mounts: there is no --container"
     if options.time and options.time.upper() not in ("UNLIMITED", "INFINITE"):

@@ -16,6 +16,10 @@ _MORE = re.compile(
 """Lines of the trace under a complaint."""
 
 _TROUBLE = re.compile(r"\b\w*(?:Error|Exception)\b|\berror:|\bfailed:|\bKilled\b|[Oo]ut of memory|oom")
+_SCHEDULER = re.compile(r"(?:\d+: )?(?:srun|slurmstepd)[:-]")
+_NOTICE = re.compile(
+    r"\*\*\* (?:STEP|JOB) .* CANCELLED AT \S+(?: DUE TO (TIME LIMIT|PREEMPTION|JOB REQUEUE|NODE FAILURE))?"
+)
 _READ_BACK = 64 * 1024
 
 
@@ -60,15 +64,25 @@ def relay(source: IO[bytes], log: Path, onward: IO[bytes], is_noise: ExitNoise) 
                 target.flush()
 
 
+def notice_of_cancellation(log: Path) -> str | None:
+    """Return why SLURM ended the step: TIME LIMIT, PREEMPTION, NODE FAILURE, …; empty: scancel; None: it did not."""
+    notices = [match[1] for line in _last_lines(log) if (match := _NOTICE.search(line))]
+    return notices[-1] or "" if notices else None
+
+
 def telling_line(log: Path) -> str:
     """Return the last line of a log that speaks of a failure, else its last line; empty where it says nothing."""
+    lines = _last_lines(log)
+    # srun's report that a task has failed comes last and says least.
+    own = [line for line in lines if not _SCHEDULER.match(line)]
+    told = [line for line in own if _TROUBLE.search(line)] or lines[-1:]
+    return told[-1][:300] if told else ""
+
+
+def _last_lines(log: Path) -> list[str]:
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - _READ_BACK))
-            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+            return [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     except FileNotFoundError:
-        return ""
-    for line in reversed(lines):
-        if _TROUBLE.search(line):
-            return line[:300]
-    return lines[-1][:300] if lines else ""
+        return []

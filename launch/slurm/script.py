@@ -33,16 +33,19 @@ def render(plan: Plan) -> str:
         # A shell script, not a page: values pass the filter `quote` instead.
         autoescape=False,
     )
+    # Quotes where none are needed: to shellcheck a comma in a list of words is a slip.
+    environment.filters["always_quote"] = lambda value: "'" + str(value).replace("'", "'\"'\"'") + "'"
     environment.filters["quote"] = lambda value: shlex.quote(str(value))
     agent = shlex.quote(options.container_interpreter) if options.runtime else '"$python"'
+    container = list(_container(plan, options))
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         plan=plan,
         options=options,
         directives=[_directive(name, value) for name, value in directives(plan, options)],
         interpreter=None if options.conda and not options.interpreter else plan.interpreter,
-        container=list(_container(plan, options)),
-        agent=agent,
+        container=container,
+        inside=f"{shlex.join(container) if options.runtime == 'apptainer' else ''} {agent} ".lstrip(),
         needed="apptainer" if options.runtime == "apptainer" else agent,
     )
 

@@ -14,9 +14,8 @@ from trainer.errors import InputError
 from trainer.job.directory import JobDirectory
 
 _NO_CLUSTER = (
-    "Could not establish a configuration source",
-    "Unable to contact slurm controller",
-    "DNS SRV lookup failed",
+    *("Could not establish a configuration source", "Unable to contact slurm controller", "DNS SRV lookup failed"),
+    *("Unable to process configuration file", "Unable to establish controller machine"),
 )
 _BLAME = (
     # What sbatch says, and the option it means.

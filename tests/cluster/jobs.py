@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 from launch.jobs.options import parse_options
 from launch.jobs.plan import Task
 from launch.prepare import prepare, write
 from tests.cluster import stub
 from tests.cluster.cluster import Cluster
-from trainer.job.directory import JobDirectory
+from trainer.job.directory import JobDirectory, read_lines
 
 
 class StubJob:
@@ -37,6 +38,8 @@ class StubJob:
         self.world_size = nodes * ranks_per_node
         size = ["--nodes", str(nodes), "--ranks_per_node", str(ranks_per_node), "--cpus_per_task", "1", "--mem", "100"]
         command = ["-m", "tests.cluster.stub", "--output_dir", str(run), *stub_options]
+        for task in range(tasks):
+            (run / str(task)).mkdir(parents=True)
         made = [Task(run=run / str(task), overrides={"output_dir": str(run / str(task))}) for task in range(tasks)]
         launched = parse_options("slurm", ["--run", str(run), "--launcher", "plain", *size, *options])
         plan = write(prepare("slurm", launched, command, tasks=made or None))
@@ -48,6 +51,21 @@ class StubJob:
         """The job directory."""
         return JobDirectory.of(self.run)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # A job that a test leaves behind would take the nodes from the next.
+        self.cluster.run("scancel", *self.submissions())
+
+    def warn(self, job_id: str = "") -> None:
+        """Give the warning that SLURM gives before the time limit."""
+        self.cluster.run("scancel", "--batch", "--signal=USR2", job_id or self.job_id)
+
+    def submissions(self) -> list[str]:
+        """Return the ids under which it was submitted."""
+        return [str(line["job_id"]) for line in read_lines(self.job.submissions)]
+
     def words(self, run: Path | None = None) -> list[str | None]:
         """Return the last word of each attempt."""
         return [record.word for record in JobDirectory.of(run or self.run).history()]
@@ -57,15 +75,23 @@ class StubJob:
         pointer = (run or self.run) / "checkpoints" / "last.json"
         return int(json.loads(pointer.read_text())["checkpoint"][5:]) if pointer.exists() else 0
 
-    def wait_for_step(self, step: int, run: Path | None = None) -> None:
-        """Wait until a step is saved."""
+    def wait_for_step(self, attempt: int = 1, run: Path | None = None) -> None:
+        """Wait until the n-th attempt has saved a step."""
+
+        def saved() -> bool:
+            history = JobDirectory.of(run or self.run).history()
+            return len(history) >= attempt and any(
+                save["attempt"] == history[attempt - 1].attempt for save in stub.saves(run or self.run)
+            )
+
         try:
-            self.cluster.wait_until(lambda: self.saved(run) >= step, f"step {step} is saved")
+            self.cluster.wait_until(saved, f"attempt {attempt} has saved a step")
         except AssertionError as error:
             raise AssertionError(f"{self.output(run)}\n{error}") from error
 
-    def wait_for_end(self, job_id: str = "") -> None:
-        """Wait for the job's end, which must be a good one."""
+    def finish(self, job_id: str = "", run: Path | None = None) -> None:
+        """Let the next step be the last, and wait for the job's end, which must be a good one."""
+        (run or self.run).joinpath(stub.FINISH).touch()
         end = self.cluster.wait_for_end(job_id or self.job_id)
         assert end.state == "COMPLETED", f"{end}\n{self.output()}"
 
@@ -74,15 +100,15 @@ class StubJob:
         logs = sorted(JobDirectory.of(run or self.run).logs.glob("*.log"), key=lambda path: path.stat().st_mtime)
         return "\n".join(path.read_text() for path in [*self.job.logs.glob("slurm*.out"), *logs])
 
-    def check_complete(self, steps: int, run: Path | None = None) -> None:
+    def check_complete(self, run: Path | None = None) -> None:
         """Assert that every step was done exactly once, and that no older attempt published beside a newer one."""
         run = run or self.run
         job = JobDirectory.of(run)
         word = job.last_word()
         assert word is not None, self.output(run)
-        assert (word.word, word.step) == ("DONE", steps), self.output(run)
-        weights = json.loads((run / "checkpoints" / f"step-{steps:09d}" / "weights.json").read_text())
-        assert weights == stub.expected(steps, self.world_size), stub.saves(run)
+        assert (word.word, word.step) == ("DONE", self.saved(run)), self.output(run)
+        weights = json.loads((run / "checkpoints" / f"step-{word.step:09d}" / "weights.json").read_text())
+        assert weights == stub.expected(self.saved(run), self.world_size), stub.saves(run)
         history = job.history()
         assert all(record.ended is not None for record in history), history
         order = [record.attempt for record in history]

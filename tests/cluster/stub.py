@@ -22,6 +22,8 @@ from trainer.files import write_json
 from trainer.job.directory import ATTEMPT, JOB, JobDirectory, read_lines
 
 START = hashlib.sha256(b"start").hexdigest()
+FINISH = "FINISH"
+"""File in the run's folder: the next step is the last."""
 REFUSED = 77
 """Exit code of an attempt that may not publish any more."""
 
@@ -98,17 +100,19 @@ def train(options: argparse.Namespace, ranks: Ranks, job: JobDirectory, attempt:
     folder = options.output_dir / "checkpoints"
     step, weights = _load(folder)
     print(f"rank {ranks.rank} of {ranks.world_size} on {socket.gethostname()} starts at step {step}", flush=True)
-    begun = step
-    while step < options.steps:
+    begun, last = step, options.steps
+    while step < last:
         time.sleep(options.step_seconds)
         if step - begun >= options.fail_after:
             raise RuntimeError(f"this attempt fails after {options.fail_after} steps")
         stop = bool(requested) or (ranks.rank == 0 and job.stop.exists())
-        total, stops = ranks.sum((ranks.rank + 1) * (step + 1), int(stop))
+        finish = ranks.rank == 0 and (options.output_dir / FINISH).exists()
+        total, stops, finishes = ranks.sum((ranks.rank + 1) * (step + 1), int(stop), int(finish))
         step += 1
         weights = follow(weights, step, total)
-        leaving = stops > 0 and step < options.steps
-        if leaving or step % options.save_every == 0 or step == options.steps:
+        last = step if finishes else last
+        leaving = stops > 0 and step < last
+        if leaving or step % options.save_every == 0 or step == last:
             if ranks.rank == 0:
                 _save(folder, step, weights, job, attempt)
             ranks.sum(0)
@@ -158,7 +162,7 @@ def main() -> int:
     """Train as one rank."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=sys.maxsize, help="default: until there is FINISH")
     parser.add_argument("--step_seconds", type=float, default=0.1)
     parser.add_argument("--save_every", type=int, default=5)
     parser.add_argument("--fail_after", type=int, default=sys.maxsize, help="steps of an attempt, then raise")

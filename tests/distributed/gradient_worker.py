@@ -1,10 +1,11 @@
-"""Write the gradient of the first global batch, before clipping, to a file: OUT CORPUS RUN BUDGET FLAGS…."""
+"""Write the first global batch's gradient, before clipping, and terms to a file: OUT CORPUS RUN BUDGET FLAGS…."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 from tests.conftest import TINY
@@ -37,7 +38,7 @@ def main(out: str, corpus: str, run_dir: str, budget: str, *more: str) -> None:
 
     engine.update = keep  # type: ignore[method-assign]
     with Reload(run.loader, share) as reload:
-        train_step(
+        outcome = train_step(
             engine,
             share,
             cells,
@@ -47,7 +48,10 @@ def main(out: str, corpus: str, run_dir: str, budget: str, *more: str) -> None:
             loss=StepLoss(objective=recipe.objective, distillation=run.distillation),
             stop_requested=False,
         )
+    kept |= {f"term/{name}": torch.tensor(value).double() for name, value in outcome.terms.items()}
     steps.close()
+    # Its thread would otherwise be met by the end of the process inside a call of the store, which aborts.
+    run.relief.close()
     if engine.is_main:
         save_file(kept, Path(out))
     engine.close()

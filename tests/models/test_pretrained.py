@@ -183,6 +183,7 @@ class Payload:
     [
         ("empty.pt", b""),
         ("text.pt", b"not a checkpoint"),
+        ("model.onnx", b"\x08\x0a\x12\x07pytorch"),
         ("cut.safetensors", b"\x40\x00\x00\x00\x00\x00\x00\x00{"),
         ("code.pt", Payload()),
         ("list.pt", [torch.ones(1)]),
@@ -202,6 +203,7 @@ def test_a_file_that_holds_no_state_dict_is_refused(
     with pytest.raises(InputError, match="expected a state dict") as caught:
         read_weights(path)
     assert str(path) in caught.value.problems[0]
+    assert "weights_only" not in caught.value.problems[0], "advice that would run what is in the file"
     assert not (tmp_path / "touched").exists()
 
 

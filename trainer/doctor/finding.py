@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,6 +66,21 @@ def broken(check: str, error: Exception, *, nodes: tuple[str, ...] = ()) -> Find
         mend="mend what the message names; if it names nothing of yours, report it",
         nodes=nodes,
     )
+
+
+def join_alike(findings: Sequence[Finding]) -> list[Finding]:
+    """Make one line of what was found right on many nodes; what was not keeps a line a node."""
+    joined: list[Finding] = []
+    seen: set[str] = set()
+    counts = Counter(one.check for one in findings if one.verdict == "ok")
+    for one in findings:
+        if one.verdict == "ok" and counts[one.check] > 1:
+            if one.check not in seen:
+                joined.append(replace(one, value=f"{one.value} (and {counts[one.check] - 1} more)", nodes=()))
+            seen.add(one.check)
+        else:
+            joined.append(one)
+    return joined
 
 
 def skipped(check: str, why: str) -> Finding:

@@ -42,7 +42,7 @@ def judge_network(
     pairs = [pair for pair in pairs if not lost & set(pair[:2])]
     if pairs or len(members) == 1:
         found += check_lines(pairs, leader=names[0])
-    silent = tuple(names[index] for index in members if len(members) > 1 and index not in heard)
+    silent = tuple(names[index] for index in members if index not in heard)
     if silent:
         found.append(
             Finding(

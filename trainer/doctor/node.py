@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from trainer.doctor.facts import NodeFacts, find_facts
-from trainer.doctor.finding import Finding, any_failed, guarded, skipped
+from trainer.doctor.finding import Finding, any_failed, guarded, join_alike, skipped
 from trainer.doctor.judging import judge_absent, judge_network
 from trainer.doctor.network import Line, Listener, Peer, UnreachableError, own_addresses, rounds
-from trainer.doctor.rank_stage import Stage, judge_ranks, run_stage
+from trainer.doctor.rank_stage import Stage, count_ranks, judge_ranks, run_stage
 from trainer.doctor.storage import check_storage
 from trainer.doctor.verdicts import check_limits, check_versions
 from trainer.files import write_json
@@ -53,6 +53,8 @@ class Options:
     """Flags of `signscale train`; None: the machines alone are looked at."""
     ranks: bool = True
     """Whether to start ranks, which need torch."""
+    hasty: bool = False
+    """Start none where nodes failed already."""
     patience: float = 60.0
     """Seconds that nodes wait for each other."""
     limit: float = 600.0
@@ -77,6 +79,7 @@ class Node:
         self.report, self.options, self.index, self.name = report, options, index, name
         self.leads = index == 0
         self.findings: list[Finding] = []
+        self._facts: list[NodeFacts] = []
 
     def examine(self) -> list[Finding]:
         """Do this node's part; on node 0 write and return all findings, elsewhere return this node's own."""
@@ -88,6 +91,8 @@ class Node:
                 return self.findings
             lines = self._measure(listener, members)
             self._tell("network", lines)
+            if self.leads:
+                self._judge_nodes(members)
             stage = self._prepare_stage(listener, members)
         if stage is not None:
             self._tell("ended", run_stage(stage, self.report, self.index))
@@ -186,14 +191,14 @@ class Node:
     def _prepare_stage(self, listener: Listener, members: Mapping[int, dict[str, Any]]) -> Stage | None:
         """Agree on who starts ranks and where they meet; None where there are none to start."""
         if not self.options.ranks:
-            if self.leads:
-                self._await_networks(members)
             return None
         if self.leads:
             heard = self._await_networks(members)
             able = [index for index in members if index in heard and not heard[index]["findings"]]
-            stage = Stage.plan(self.options, able, address=listener.local_address)
-            self._tell("stage", asdict(stage))
+            if not able or (self.options.hasty and any_failed(self.findings)):
+                self._tell("stage", None)
+                return None
+            self._tell("stage", asdict(Stage.plan(self.options, able, address=listener.local_address)))
         told = self._hear("stage", 0, 3 * _MEETING_SECONDS)
         if told is None:
             return None
@@ -205,32 +210,36 @@ class Node:
         wait_until(lambda: all(path.exists() for path in paths.values()), 3 * _MEETING_SECONDS)
         return {index: json.loads(path.read_text(encoding="utf-8")) for index, path in paths.items() if path.exists()}
 
-    def _conclude(self, members: Mapping[int, dict[str, Any]], stage: Stage | None) -> None:
-        """Judge what all nodes found, and write it."""
+    def _judge_nodes(self, members: Mapping[int, dict[str, Any]]) -> None:
+        """Judge, on the leader, what the nodes found before any rank is started."""
         options = self.options
         names = {index: str(said["node"]) for index, said in members.items()}
         found = judge_absent(names, options.names, options.nodes, self.report, options.patience)
-        for said in members.values():
-            found += [Finding.from_json(one) for one in said["findings"]]
-        facts = [NodeFacts.from_json(said["facts"]) for said in members.values() if said["facts"]]
-        if facts:
-            ranks = stage.ranks_per_node if stage else max(1, options.ranks_per_node)
-            found += guarded("versions", lambda: check_versions(facts))
-            found += guarded("shared memory", lambda: check_limits(facts, ranks))
-        heard = self._await_networks(members) if len(members) > 1 else {}
+        found += join_alike([Finding.from_json(one) for said in members.values() for one in said["findings"]])
+        self._facts = [NodeFacts.from_json(said["facts"]) for said in members.values() if said["facts"]]
+        if self._facts:
+            ranks = count_ranks(options)
+            found += guarded("versions", lambda: check_versions(self._facts))
+            found += guarded("shared memory", lambda: check_limits(self._facts, ranks))
+        heard = self._await_networks(members)
         found += guarded("network", lambda: judge_network(members, names, heard))
+        self.findings = found
+
+    def _conclude(self, members: Mapping[int, dict[str, Any]], stage: Stage | None) -> None:
+        """Add what the ranks found, and write everything."""
+        names = {index: str(said["node"]) for index, said in members.items()}
+        found = self.findings
         if stage is not None:
             found += judge_ranks(stage, self.report, names)
-        elif options.ranks:
-            found.append(skipped("ranks", "no node could start any"))
-        self.findings = found
+        elif self.options.ranks:
+            found.append(skipped("ranks", "not started: nodes failed before"))
         write_json(
             self.report / FINDINGS,
             {
                 "ok": not any_failed(found),
                 "nodes": list(names.values()),
                 "findings": [one.to_json() for one in found],
-                "facts": [one.to_json() for one in facts],
+                "facts": [one.to_json() for one in self._facts],
             },
         )
 

@@ -50,9 +50,7 @@ class Stage:
     @classmethod
     def plan(cls, options: Options, members: list[int], *, address: str | None) -> Stage:
         """Decide as `signscale launch` would: a rank per device, or as many as were asked for."""
-        devices = 0 if options.cpu else count_devices()
-        ranks = options.ranks_per_node or max(1, devices)
-        cpu = options.cpu or not devices
+        ranks, cpu = count_ranks(options), options.cpu or not count_devices()
         several = len(members) > 1
         name = "multi_node" if several else "multi_cpu" if cpu else "multi_gpu" if ranks > 1 else "single_gpu"
         return cls(
@@ -102,6 +100,11 @@ class Stage:
             for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if interface else ():
                 found.setdefault(variable, str(interface))
         return found
+
+
+def count_ranks(options: Options) -> int:
+    """Count the ranks of a node: as many as were asked for, else one per device, one on a CPU."""
+    return options.ranks_per_node or max(1, 0 if options.cpu else count_devices())
 
 
 def run_stage(stage: Stage, report: Path, index: int) -> dict[str, Any]:

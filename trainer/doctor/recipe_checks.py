@@ -52,7 +52,7 @@ def check_recipe(examination: Examination, recipe: Recipe) -> None:
         return
     examination.check("worst batch", lambda: check_memory(recipe, corpora[0], engines[0]))
     examination.check(
-        "free disk",
+        "checkpoint space",
         lambda: check_checkpoint_space(recipe, corpora[0], examination.node) if main else (),
         together=False,
     )

@@ -11,7 +11,8 @@ from trainer.checkpoint.content import RunState, read_checkpoint
 from trainer.checkpoint.store import CheckpointStore, find_checkpoint
 from trainer.data.normalization import Normalization
 from trainer.doctor.finding import Finding
-from trainer.job.directory import JobDirectory
+from trainer.errors import InputError
+from trainer.job.plain import check_not_launched
 from trainer.recipe import Recipe
 from trainer.run_directory import RECIPE, check_same_recipe, claim
 
@@ -79,12 +80,9 @@ def _check_beginning(recipe: Recipe, folder: Path, start: Start, *, existed: boo
 
 
 def _check_owner(folder: Path) -> Iterator[Finding]:
-    """Name an attempt that has not ended, as far as its records say."""
-    history = JobDirectory.of(folder).history()
-    if history and history[-1].ended is None:
-        yield Finding(
-            check=CHECK,
-            value=f"attempt {history[-1].attempt} has not ended",
-            verdict="warn",
-            mend=f"see `signscale status {folder}`; end it first with `signscale cancel {folder}`",
-        )
+    """Say whether an attempt works on the run already, which would refuse another one."""
+    try:
+        check_not_launched(folder)
+    except InputError as error:
+        value, _, mend = str(error).partition("; ")
+        yield Finding(check=CHECK, value=value, verdict="FAIL", mend=mend)

@@ -53,17 +53,17 @@ def check_storage(run: Path, node: str, *, needed: int = 0) -> Iterator[Finding]
     yield check_space(place, node, needed)
 
 
-def check_space(place: Path, node: str, needed: int) -> Finding:
+def check_space(place: Path, node: str, needed: int, *, check: str = "free disk") -> Finding:
     """Compare the free space with what training will write."""
     found = os.statvfs(place)
     free = found.f_bavail * found.f_frsize
     wanted = max(needed, _LEAST_FREE)
     value = f"{node}: {size(free)} free at {place}" + (f", checkpoints take {size(needed)}" if needed else "")
     if free >= wanted:
-        return Finding(check="free disk", value=value, nodes=(node,))
+        return Finding(check=check, value=value, nodes=(node,))
     # Without a recipe nobody knows what will be written: a full disk fails in any case, a small one may do.
     return Finding(
-        check="free disk",
+        check=check,
         value=value,
         verdict="FAIL" if needed or free < _PROBE_BYTES else "warn",
         mend=f"free {size(wanted - free)}, lower --keep_checkpoints, or choose another --output_dir",

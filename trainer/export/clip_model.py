@@ -1,5 +1,7 @@
 """A trained model over one clip, in operations that torch.export and ONNX know with a time axis of any length.
 
+What goes in is what the trainer reads: raw features `[T, D]`, or cropped frames, uint8 `[T, crop, crop, 3]`.
+
 Training lays clips end to end and packs them for the BiLSTM; one clip needs neither. The model's own forward pass is
 used as it is, on a layout whose sizes follow from the clip's length inside the graph. Only the head differs: both
 exporters would unroll torch's LSTM to the length of the example, so that its walk is written as a scan here.
@@ -38,7 +40,8 @@ class Normalize(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map `[T, D]` to `[T, D]`, float32."""
-        if self.kind == "none":
+        if self.kind in ("none", "frames"):
+            # A model of video normalises its frames itself.
             return features
         if self.kind == "corpus":
             return (features - self.mean) * self.scale
@@ -53,26 +56,26 @@ class Normalize(nn.Module):
 
 
 class ClipModel(nn.Module):
-    """Raw features of one clip `[T, D]` to log-probabilities `[ceil(T / total_stride), V]`, float32."""
+    """One clip, `[T, D]` or frames, to log-probabilities `[ceil(T / total_stride), V]`, float32."""
 
     def __init__(self, model: Recognizer, normalization: Normalization) -> None:
         """Copy a model for export; raises `InputError` for one whose parts are not known here."""
         super().__init__()
         head = getattr(model, "head", None)
-        if len(model.frame_shape) != 1 or not isinstance(head, TemporalHead):
+        if not isinstance(head, TemporalHead):
             raise InputError(
-                f"{type(model).__name__}: only models over features whose head is a BiLSTM can be exported to this "
-                "format; evaluate and use the run itself"
+                f"{type(model).__name__}: only models whose head is a BiLSTM can be exported to this format; evaluate "
+                "and use the run itself"
             )
         self.normalize = Normalize(normalization)
         self.model = copy.deepcopy(model).eval()
         self.model.add_module("head", ClipHead(copy.deepcopy(head)))
         self.total_stride = model.total_stride
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, clip: Tensor) -> Tensor:
         """Return log-probabilities of the blank (class 0) and the glosses."""
-        layout = _lay_out_one(features, self.total_stride)
-        return float32_log_probs(self.model(self.normalize(features), layout))
+        layout = _lay_out_one(clip.shape[0], self.total_stride, clip.device)
+        return float32_log_probs(self.model(self.normalize(clip), layout))
 
 
 class ClipHead(nn.Module):
@@ -111,16 +114,16 @@ def _walk(lstm: nn.LSTM, x: Tensor, direction: str) -> Tensor:
     return outputs
 
 
-def _lay_out_one(features: Tensor, total_stride: int) -> TimeLayout:
+def _lay_out_one(num_frames: int, total_stride: int, device: torch.device) -> TimeLayout:
     """Lay one clip out as `lay_out` does, by sizes that stay symbols in an exported graph."""
-    num_frames = features.shape[0]
     outputs = (num_frames + total_stride - 1) // total_stride
     guard = int(slot_frames(np.array([0]), total_stride)[0])
     length = outputs * total_stride + guard
 
     def mask(stride: int) -> Tensor:
         frames = (num_frames + stride - 1) // stride
-        return torch.cat([features.new_ones(frames, 1), features.new_zeros(length // stride - frames, 1)])
+        silent = length // stride - frames
+        return torch.cat([torch.ones(frames, 1, device=device), torch.zeros(silent, 1, device=device)])
 
     # From one of a fixed length, so that what the layout holds beside these stays what `lay_out` makes it.
     fixed = lay_out(np.array([1]), total_stride)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -33,8 +34,8 @@ FILES: dict[Format, str] = {"safetensors": "model.safetensors", "torch_export": 
 REPORT = "export.json"
 _KEY = "signscale"
 _CARD = "signscale.json"
-_EXAMPLE_FRAMES = 57
-"""Length of the clip that the graph is drawn with: no multiple of anything."""
+_EXAMPLE_FRAMES = {"features": 57, "frames": 13}
+"""Length of the clip that a graph is drawn with, by its input: no multiple of anything. The clip stays in the file."""
 
 
 def check_format(kind: Format) -> None:
@@ -65,7 +66,7 @@ def write_model(model: Recognizer, checkpoint: Checkpoint, kind: Format, folder:
         # The exporter speaks to its own developers.
         warnings.simplefilter("ignore")
         onnx = torch.onnx.export(
-            program, dynamo=True, input_names=["features"], output_names=["log_probs"], verbose=False
+            program, dynamo=True, input_names=[_input_name(card)], output_names=["log_probs"], verbose=False
         )
     assert onnx is not None
     onnx.model.metadata_props[_KEY] = card.to_json()
@@ -73,8 +74,13 @@ def write_model(model: Recognizer, checkpoint: Checkpoint, kind: Format, folder:
     return path
 
 
+def _input_name(card: Card) -> str:
+    return "frames" if card.is_video else "features"
+
+
 def _draw(model: ClipModel, card: Card) -> torch.export.ExportedProgram:
-    example = torch.zeros(_EXAMPLE_FRAMES, card.feature_dim)
+    dtype = torch.uint8 if card.is_video else torch.float32
+    example = torch.zeros(_EXAMPLE_FRAMES[_input_name(card)], *card.frame_shape, dtype=dtype)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         return torch.export.export(
@@ -144,9 +150,9 @@ def _open_torch_export(path: Path) -> Recognition:
     # although all sizes in the graph are symbols.
     module = cast(Any, program).module(check_guards=False)
 
-    def scores(features: Floats) -> Floats:
+    def scores(clip: npt.NDArray[Any]) -> Floats:
         with torch.no_grad():
-            return cast(Floats, module(torch.from_numpy(features)).numpy())
+            return cast(Floats, module(torch.from_numpy(clip)).numpy())
 
     # torch.export takes a single output frame for a case of its own and bounds the length above it.
     lower = [int(bounds.lower) for bounds in program.range_constraints.values()]
@@ -183,7 +189,7 @@ def _open_onnx(path: Path) -> Recognition:
         raise _damaged(path, error) from error
     card = Card.from_json(session.get_modelmeta().custom_metadata_map.get(_KEY), path)
 
-    def scores(features: Floats) -> Floats:
-        return np.asarray(session.run(["log_probs"], {"features": features})[0])
+    def scores(clip: npt.NDArray[Any]) -> Floats:
+        return np.asarray(session.run(["log_probs"], {_input_name(card): clip})[0])
 
     return Recognition.of(card, scores)

@@ -23,11 +23,11 @@ from trainer.layout import lay_out
 from trainer.models.build import build_model, load_weights
 from trainer.models.recognizer import Recognizer
 from trainer.objectives.ctc import float32_log_probs
-from trainer.recipe import ModelRecipe
+from trainer.recipe import VIDEO_MODELS, ModelRecipe
 
 Floats = npt.NDArray[np.float32]
-ClipScores = Callable[[Floats], Floats]
-"""Raw features of one clip `[T, D]` to log-probabilities `[ceil(T / total_stride), V]`."""
+ClipScores = Callable[[npt.NDArray[Any]], Floats]
+"""One clip, features `[T, D]` or frames uint8 `[T, crop, crop, 3]`, to log-probabilities `[ceil(T / stride), V]`."""
 
 _VERSION = 1
 
@@ -48,10 +48,25 @@ class Card:
     """The model part of the recipe."""
     step: int
     """Optimizer steps of the checkpoint."""
+    frame_size: int = 0
+    """Pixels a side to which frames of a video are brought, by bilinear interpolation; 0: the model takes features."""
+    crop_size: int = 0
+    """Pixels a side of the middle of it, which is what goes in."""
+
+    @property
+    def is_video(self) -> bool:
+        """Tell whether the model takes frames."""
+        return self.frame_size > 0
+
+    @property
+    def frame_shape(self) -> tuple[int, ...]:
+        """Return the shape of a frame as it goes in."""
+        return (self.crop_size, self.crop_size, 3) if self.is_video else (self.feature_dim,)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Card:
         """Describe a checkpoint."""
+        corpus, is_video = checkpoint.recipe.corpus, checkpoint.recipe.model.model in VIDEO_MODELS
         return cls(
             glosses=checkpoint.vocabulary.glosses,
             feature_dim=checkpoint.normalization.feature_dim,
@@ -59,6 +74,8 @@ class Card:
             normalization=checkpoint.normalization.kind,
             model=dataclasses.asdict(checkpoint.recipe.model),
             step=checkpoint.state.step,
+            frame_size=corpus.frame_size if is_video else 0,
+            crop_size=corpus.frame_crop if is_video else 0,
         )
 
     def to_json(self) -> str:
@@ -98,17 +115,12 @@ class Recognition:
 
 
 def restore_model(card: Card, weights: dict[str, Tensor], where: str) -> Recognizer:
-    """Build a model over features, in evaluation mode; raises `InputError` for one over video, or other weights."""
+    """Build a model in evaluation mode; raises `InputError` for weights that are not its own."""
     try:
         recipe = ModelRecipe(**card.model)
     except TypeError as error:
         raise InputError(f"{where}: was written by another version ({error}); use that version") from None
     model = build_model(recipe, feature_dim=card.feature_dim, num_classes=len(card.glosses) + 1)
-    if len(model.frame_shape) != 1:
-        raise InputError(
-            f"{where}: {recipe.model} is a model over video, which this command does not take yet; "
-            "use `signscale evaluate`, or a model over features"
-        )
     load_weights(model, weights, where=where)
     return model.eval()
 
@@ -117,10 +129,10 @@ def recognition_of(model: Recognizer, normalization: Normalization, card: Card) 
     """Use a model of the trainer's own, one clip at a time."""
     normalize = Normalize(normalization)
 
-    def scores(features: Floats) -> Floats:
+    def scores(clip: npt.NDArray[Any]) -> Floats:
         with torch.no_grad():
-            layout = lay_out(np.array([len(features)]), model.total_stride)
-            logits = model(normalize(torch.from_numpy(features)), layout)
+            layout = lay_out(np.array([len(clip)]), model.total_stride)
+            logits = model(normalize(torch.from_numpy(clip)), layout)
             return float32_log_probs(logits).numpy()
 
     return Recognition.of(card, scores)

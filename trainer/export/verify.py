@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from trainer.checkpoint.content import Checkpoint
@@ -18,7 +20,7 @@ from trainer.models.recognizer import Recognizer
 from trainer.objectives.ctc import float32_log_probs
 from trainer.scoring.decoding import best_path
 
-_CLIPS_PER_CELL = 8
+_CLIPS_PER_CELL, _VIDEO_CLIPS_PER_CELL = 8, 2
 _TOLERANCE = 1e-3
 """Largest difference of log-probabilities taken for rounding: sums of thousands in another order make 1e-5."""
 
@@ -56,7 +58,8 @@ def verify(recognition: Recognition, model: Recognizer, checkpoint: Checkpoint, 
         num_workers=0,
         device=torch.device("cpu"),
     )
-    budget = _CLIPS_PER_CELL * int(slot_frames(loader.num_frames, loader.total_stride).max())
+    most = _VIDEO_CLIPS_PER_CELL if clips.is_video else _CLIPS_PER_CELL
+    budget = most * int(slot_frames(loader.num_frames, loader.total_stride).max())
     same, largest = 0, 0.0
     with torch.no_grad(), contextlib.closing(loader.cells(rank=0, world_size=1, budget=budget)) as cells:
         for cell in cells:
@@ -81,7 +84,9 @@ def verify(recognition: Recognition, model: Recognizer, checkpoint: Checkpoint, 
     return Verification(split=clips.name, clips=len(clips), same_hypotheses=same, largest_difference=largest)
 
 
-def _read(clips: Split, index: int) -> np.ndarray:
-    """Read a clip's raw features, without the loader that normalises them."""
-    buffer = np.empty((int(clips.num_frames[index]), clips.feature_dim), clips.storage.dtype)
-    return np.array(clips.storage.decode(clips.read(index, buffer, verify=True)), dtype=np.float32)
+def _read(clips: Split, index: int) -> npt.NDArray[Any]:
+    """Read a clip as a user would hand it over: raw features, or frames, without the loader that prepares them."""
+    storage = clips.storage
+    shape = storage.frame_shape or (clips.feature_dim,)
+    stored = clips.read(index, np.empty((int(clips.num_frames[index]), *shape), storage.dtype), verify=True)
+    return stored if clips.is_video else np.array(storage.decode(stored), dtype=np.float32)

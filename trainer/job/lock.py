@@ -50,8 +50,8 @@ class RunLock:
                 self._say(f"{self.path}: attempt {holder['attempt']} has not let go of it; this one owns the run now")
                 return
             raise InputError(
-                f"{self.path.parent}: process {holder.get('pid', 'unknown')} on {holder.get('host', 'another machine')} "
-                "works on this run; wait for it, stop it (it saves when it is asked to), or choose another --output_dir"
+                f"{self.path.parent}: process {holder.get('pid', '?')} on {holder.get('host', 'some machine')} works "
+                "on this run; wait for it, stop it (kill PID: it saves and leaves), or choose another --output_dir"
             ) from None
         except OSError as error:
             os.close(descriptor)

@@ -15,6 +15,8 @@ from trainer.job.plain import check_not_launched
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 _LONGEST_REASON = 2000
+_PAUSES = (0.1, 1.0)
+"""Seconds until a file that could not be read is read again."""
 
 
 class _Worker:
@@ -92,6 +94,14 @@ class Job(_Worker):
         # A network's file system may remember for a minute what a name stood for; reading the folder makes it ask.
         with contextlib.suppress(FileNotFoundError):
             next(self.directory.folder.iterdir(), None)
+        for pause in _PAUSES:
+            try:
+                return self.directory.owner_attempt()
+            except InputError as error:
+                if not isinstance(error.__cause__, OSError):
+                    raise
+            # Such a file system may also fail to read a file that was replaced in that very moment.
+            time.sleep(pause)
         return self.directory.owner_attempt()
 
 

@@ -32,6 +32,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         found: Any = load_file(path) if path.suffix == ".safetensors" else _load(path)
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError, UnpicklingError) as error:
         reason = str(error).partition("\n")[0][:200]
+        if isinstance(error, UnpicklingError):
+            # torch's own text advises to load the file with its code.
+            reason = "it was not written by torch.save, or holds more than tensors, and code is never loaded"
         raise InputError(
             f"{path}: expected a state dict (.safetensors, or .pt as torch.save writes it), cannot read it "
             f"({reason or type(error).__name__}); fetch the file again, or save model.state_dict()"

@@ -73,8 +73,9 @@ class TemporalHead(nn.Module):
         x = self.dropout[0](x.index_select(0, layout.rnn_positions), layout.row_seeds)
         visual, features = x, x
         for lstm, dropout in zip(self.rnn, self.dropout[1:], strict=True):
-            # The fused CPU kernel is taken for some batches only and then changes the order of gradient hooks.
-            with torch.backends.mkldnn.flags(enabled=False):
+            # The fused CPU kernel is taken for some batches only and then changes the order of gradient hooks. Its
+            # TF32 switch is left alone: to set it, as is the default here, warns of hardware that is not there.
+            with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
                 features = lstm(PackedSequence(x, layout.rnn_batch_sizes))[0].data
             x = dropout(features, layout.row_seeds)
         found = Outputs(

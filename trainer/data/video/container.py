@@ -32,6 +32,12 @@ def count_frames(path: Path) -> int:
     return count
 
 
+def frame_rate(path: Path) -> float | None:
+    """Return the frames per second of a video, their mean where they vary; None where the file does not say."""
+    with _opened(path) as (_, stream):
+        return float(stream.average_rate) if stream.average_rate else None
+
+
 def check_video(path: Path, num_frames: int) -> list[str]:
     """Decode a video to its end and compare what it holds with what its index says. Returns the problems."""
     try:

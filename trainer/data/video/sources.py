@@ -15,7 +15,7 @@ from trainer.errors import InputError
 _FULL_FRAMES = re.compile(r"fullFrame-(\d+)x(\d+)px")
 # Where corpora keep their frames, below the data directory; `{split}` folders come first.
 _FOLDERS = ("", "frames", "videos", "features")
-_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v")
+VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v")
 _PROBED = 20
 """Annotations that are looked for to tell what a corpus is made of."""
 
@@ -97,13 +97,13 @@ def _names(line: Annotation) -> Iterator[str]:
     # A folder's sub-folder first: the outer one has no frames of its own.
     yield f"{line.id}/1"
     yield line.id
-    for suffix in _SUFFIXES:
+    for suffix in VIDEO_SUFFIXES:
         yield f"{line.id}{suffix}"
 
 
 def _is_source(path: Path) -> bool:
     """Tell whether a clip may lie here: a video file, or a folder that holds anything but folders alone."""
-    if path.suffix.lower() in _SUFFIXES:
+    if path.suffix.lower() in VIDEO_SUFFIXES:
         return path.is_file()
     # An empty folder is a clip without frames, which is another mistake than a clip without a folder.
     return path.is_dir() and not _only_folders(path)
@@ -120,7 +120,7 @@ def _holds_frames(folder: Path) -> bool:
         return False
     below: list[Path] = []
     for entry in islice(folder.iterdir(), 100):
-        if is_frame(entry.name) or entry.suffix.lower() in _SUFFIXES:
+        if is_frame(entry.name) or entry.suffix.lower() in VIDEO_SUFFIXES:
             return True
         below += [entry] if entry.is_dir() else []
     return any(is_frame(entry.name) for place in below[:5] for entry in _first(place))
