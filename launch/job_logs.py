@@ -40,13 +40,23 @@ def _print(options: argparse.Namespace) -> int:
     attempt = find_attempt(directory, options.attempt)
     sources = find_sources(directory, attempt, options.rank, ranks_per_node) if attempt else find_outputs(directory)
     if not any(path.exists() for path in sources):
-        report = report_run(options.run)
-        what = f"rank {options.rank} has written nothing yet" if options.rank is not None else "no log yet"
-        print(f"{what}{f' of attempt {attempt}' if attempt else ''}; {report.state}: {report.why}", file=sys.stderr)
+        print(_explain_silence(options, attempt), file=sys.stderr)
         return 1
-    printer = Printer(sources, sys.stdout)
-    printer.drain()
+    if not Printer(sources, sys.stdout).drain():
+        print(f"{' and '.join(map(str, sources))}: nothing has been written yet", file=sys.stderr)
     return 0
+
+
+def _explain_silence(options: argparse.Namespace, attempt: str | None) -> str:
+    report = report_run(options.run)
+    state = f"{report.state}: {report.why}"
+    if report.way == "debug":
+        return f"a debugging run prints to its terminal and keeps no log; {state}"
+    whose = f" of attempt {attempt}" if attempt else ""
+    if options.rank is not None and not _goes_on(report):
+        return f"rank {options.rank}{whose} kept no file of its own; leave --rank out for all there is; {state}"
+    what = "no log yet" if options.rank is None else f"rank {options.rank} has written nothing yet"
+    return f"{what}{whose}; {state}"
 
 
 def _follow(options: argparse.Namespace) -> int:

@@ -88,3 +88,14 @@ def test_loop_measures_both_world_sizes_on_the_same_work(tmp_path: Path) -> None
         # The time of a small step on a shared machine says nothing; that both loops arrive at one model does.
         assert isinstance(figures[f"overhead_{ranks}"], float)
         assert figures[f"weights_difference_{ranks}"] <= 1e-4
+
+
+@pytest.mark.slow
+def test_reading_in_bytes_and_packing_clips_are_cheaper_than_the_usual_ways(tmp_path: Path) -> None:
+    flags = ["--frames", "20", "--rounds", "3", "--width", "0.1", "--model_size", "32"]
+    found = figures_of(run("frames.py", *flags, cwd=tmp_path))
+    assert found["JPEG_210x260_resized_crop_of_224_ratio"] > 1.2
+    assert found["H.264_320x180_resized_crop_of_224_ratio"] > 1.2
+    for model in ("i3d", "mobilenet_v3_small", "mobilenet_v3_large"):
+        assert found[f"{model}_packed_ratio"] < 1
+        assert found[f"{model}_packed_ratio"] < found[f"{model}_padded_ratio"]

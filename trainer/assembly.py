@@ -22,6 +22,7 @@ from trainer.engine import Engine
 from trainer.errors import InputError, name_some
 from trainer.job.rank import NO_JOB, Job, NoJob
 from trainer.loop import TrainingRun
+from trainer.loss import StepLoss
 from trainer.models.auxiliary import AUXILIARY
 from trainer.models.build import build_model, load_weights, starts_fresh
 from trainer.models.recognizer import Recognizer
@@ -68,11 +69,7 @@ def build_run(
     distillation = make_distillation(teacher, recipe, corpus, engine, progress)
     model = build_model(recipe.model, feature_dim=corpus.normalization.feature_dim, num_classes=len(corpus.vocabulary))
     # Drawn last, so that a model starts from the same weights with and without.
-    model.head.add_auxiliary(
-        visual=recipe.objective.classifies_visually,
-        reveals_features=distillation.compares_features,
-        teacher_features=distillation.num_features,
-    )
+    StepLoss(objective=recipe.objective, distillation=distillation).equip(model)
     if start is not None:
         _load_start(model, start, corpus, progress, where=str(path))
     elif said := load_published(model, recipe, engine):

@@ -9,15 +9,19 @@ communication and no look at a distribution.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from trainer.data.batch import Labels, MicroBatch
 from trainer.files import write_json
+from trainer.layout import TimeLayout, lay_out
 from trainer.models.temporal_head import Outputs
+from trainer.objectives.ctc import float32_log_probs
 from trainer.objectives.distillation import align_features, align_frames, distance_sum, divergence_sum, soften
 from trainer.recipe import DistillationRecipe
 from trainer.scoring.decoding import best_path
@@ -45,6 +49,17 @@ class Targets:
 
     log_probs: Tensor
     features: Tensor | None = None
+
+
+def ask(
+    forward: Callable[[Tensor, TimeLayout], Outputs], cell: MicroBatch, *, stride: int, student_stride: int
+) -> Answer:
+    """Let a model of `stride` see the clips of a cell as the student sees them, without dropout."""
+    layout = dataclasses.replace(cell.layout, row_seeds=None)
+    if stride != student_stride:
+        layout = lay_out(np.array(layout.input_lengths), stride).to(cell.features.device)
+    outputs = forward(cell.features, layout)
+    return Answer(log_probs=float32_log_probs(outputs.logits), features=outputs.features)
 
 
 class Source(Protocol):

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from trainer.checkpoint.content import Checkpoint, read_checkpoint
@@ -19,17 +18,16 @@ from trainer.data.loader import EvaluationLoader
 from trainer.data.normalization import Normalization
 from trainer.data.prepare import TrainingCorpus
 from trainer.data.table import Split
-from trainer.data.vocabulary import Vocabulary
-from trainer.distillation import RECORD, Answer, Distillation, Source, Undistilled
+from trainer.distillation import RECORD, Answer, Distillation, Undistilled, ask
+from trainer.distillation_checks import alike, check_input, check_strides, check_vocabulary
 from trainer.engine import Engine
 from trainer.engine.replicated import ReplicatedEngine
 from trainer.errors import InputError, TrainingFailedError, name_some
-from trainer.layout import lay_out, slot_frames
+from trainer.layout import slot_frames
 from trainer.models.build import build_model, load_weights
-from trainer.objectives.ctc import float32_log_probs
 from trainer.observe.progress import Progress
 from trainer.passes import BrokenPassError
-from trainer.recipe import VIDEO_MODELS, Recipe
+from trainer.recipe import Recipe
 from trainer.softtargets.store import SoftTargets, checkpoint_fingerprint, stand_in
 from trainer.validation import evaluate
 
@@ -66,23 +64,19 @@ class OnlineTeacher:
 
     def answer(self, cell: MicroBatch, *, made_up: bool = False) -> Answer:
         """Return what the teacher says of the clips as the student sees them."""
-        layout = dataclasses.replace(cell.layout, row_seeds=None)
-        if self.total_stride != self._student_stride:
-            layout = lay_out(np.array(layout.input_lengths), self.total_stride).to(cell.features.device)
-        outputs = self.engine.forward(cell.features, layout)
-        return Answer(log_probs=float32_log_probs(outputs.logits), features=outputs.features)
+        return ask(self.engine.forward, cell, stride=self.total_stride, student_stride=self._student_stride)
 
     def check(self, corpus: TrainingCorpus, recipe: Recipe, engine: Engine, progress: Progress) -> None:
         """Refuse another vocabulary, dimension or normalisation; load the model; measure its dev WER."""
         found = self.normalization
-        _check_vocabulary(self.checkpoint.vocabulary, corpus.vocabulary, self.where)
-        _check_input(self.checkpoint.recipe, recipe, self.where)
+        check_vocabulary(self.checkpoint.vocabulary, corpus.vocabulary, self.where)
+        check_input(self.checkpoint.recipe, recipe, self.where)
         if found.feature_dim != corpus.normalization.feature_dim:
             raise InputError(
                 f"{self.where}: the teacher takes features of D = {found.feature_dim}, the corpus has "
                 f"{corpus.normalization.feature_dim}; use a teacher of these features, or its soft targets"
             )
-        if not _alike(found, corpus.normalization):
+        if not alike(found, corpus.normalization):
             raise InputError(
                 f"{self.where}: the teacher was trained with normalization {found.kind}, the student has "
                 f"{corpus.normalization.kind} of another corpus or kind; they see the same values: use --normalization "
@@ -141,7 +135,7 @@ class CachedTeacher:
 
     def check(self, corpus: TrainingCorpus, recipe: Recipe, engine: Engine, progress: Progress) -> None:
         """Refuse targets of other clips or glosses, and damaged ones."""
-        _check_vocabulary(self.stored.vocabulary, corpus.vocabulary, self.where)
+        check_vocabulary(self.stored.vocabulary, corpus.vocabulary, self.where)
         engine.together(lambda: self.stored.check(engine.rank, engine.world_size))
         train = corpus.train
         missing, others = [], []
@@ -191,7 +185,7 @@ def open_source(recipe: Recipe, engine: Engine, *, went_on: Path | None = None) 
         elif distillation.soft_targets:
             found = CachedTeacher(Path(distillation.soft_targets), engine.device)
         if found is not None:
-            _check_strides(found, recipe.model.total_stride)
+            check_strides(found, recipe.model.total_stride)
         return found
 
     source = engine.together(open_it)
@@ -228,7 +222,7 @@ def adopt_normalization(
     if ours.kind != theirs.kind or ours.feature_dim != theirs.feature_dim:
         # Refused where everything about the teacher is checked.
         return corpus
-    if not _alike(ours, theirs):
+    if not alike(ours, theirs):
         progress.say(f"the student takes its normalization from {source.where}, whose corpus had other statistics")
     return dataclasses.replace(corpus, normalization=theirs)
 
@@ -284,51 +278,5 @@ def measure_wer(
     return result.counts.wer if result is not None and math.isfinite(result.counts.wer) else None
 
 
-def _alike(one: Normalization, other: Normalization) -> bool:
-    return one.kind == other.kind and all(
-        np.allclose(getattr(one, name), getattr(other, name), rtol=1e-5, atol=1e-7) for name in ("mean", "scale")
-    )
-
-
 def _percent(wer: float | None) -> str:
     return "unknown" if wer is None else f"{wer:.2f} %"
-
-
-def _check_vocabulary(theirs: Vocabulary, ours: Vocabulary, where: str) -> None:
-    if theirs != ours:
-        missing, excess = sorted(theirs.unknown(ours.glosses)), sorted(ours.unknown(theirs.glosses))
-        parts = [
-            f"{len(names)} glosses {what} ({name_some(names, 3)})"
-            for names, what in ((missing, "it does not know"), (excess, "the corpus does not have"))
-            if names
-        ]
-        raise InputError(
-            f"{where}: the teacher's vocabulary is not the student's: {'; '.join(parts) or 'another order'}; class for "
-            "class they must mean the same: use a teacher of this corpus"
-        )
-
-
-def _check_input(theirs: Recipe, ours: Recipe, where: str) -> None:
-    """Refuse a teacher of video for a student of features, the other way round, and frames of another size."""
-    kinds = ["video" if one.model.model in VIDEO_MODELS else "features" for one in (theirs, ours)]
-    if kinds[0] != kinds[1]:
-        raise InputError(
-            f"{where}: the teacher takes {kinds[0]}, the student {kinds[1]}, and they cannot see the same clip; "
-            "extract its soft targets from its own corpus of the same clips, and use --soft_targets"
-        )
-    sizes = [(one.corpus.frame_size, one.corpus.frame_crop) for one in (theirs, ours)]
-    if kinds[0] == "video" and sizes[0] != sizes[1]:
-        raise InputError(
-            f"{where}: the teacher was trained on {sizes[0][1]} of {sizes[0][0]} pixels, the student sees "
-            f"{sizes[1][1]} of {sizes[1][0]}; use --frame_size {sizes[0][0]} "
-            f"--crop_size {sizes[0][1]}, or the teacher's soft targets"
-        )
-
-
-def _check_strides(source: Source, stride: int) -> None:
-    small, large = sorted((source.total_stride, stride))
-    if large % small:
-        raise InputError(
-            f"total_stride: the student has {stride}, the teacher {source.total_stride}; one must be a multiple of the "
-            "other, so that their frames can be laid over each other"
-        )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trainer.data.batch import MicroBatch
 from trainer.distillation import Distillation, Targets, Undistilled
+from trainer.models.recognizer import Recognizer
 from trainer.models.temporal_head import Outputs
 from trainer.objectives.ctc import ctc_objective
 from trainer.objectives.distillation import divergence_sum, soften
@@ -48,6 +49,14 @@ class StepLoss:
             *([ALIGNMENT_LOSS] if self.objective.alignment_weight else []),
         ]
         return (CTC_LOSS, *found) if found else ()
+
+    def equip(self, model: Recognizer) -> None:
+        """Add to a fresh model the outputs that this loss needs beside logits; their weights are drawn now."""
+        model.head.add_auxiliary(
+            visual=self.objective.classifies_visually,
+            reveals_features=self.distillation.compares_features,
+            teacher_features=self.distillation.num_features,
+        )
 
     def __call__(self, outputs: Outputs, cell: MicroBatch, targets: Targets | None, *, per_frame: float) -> CellLoss:
         """Return the loss of a cell; `targets` of its clips by the teacher, `per_frame` of the step's share."""

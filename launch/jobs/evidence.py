@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.jobs.queue import JobsOfRun, Queue
+from launch.pipeline.record import find_lacking
 from trainer.errors import InputError
 from trainer.job.directory import AttemptRecord, Cancellation, JobDirectory, LastWord, read_lines
 
@@ -31,6 +32,8 @@ class Evidence:
     word: LastWord | None = None
     cancelled: Cancellation | None = None
     stop_asked: bool = False
+    lacking: tuple[str, ...] = ()
+    """Of a pipeline's stage: which stages before it are not done, and why."""
     known: JobsOfRun = field(default_factory=JobsOfRun)
     now: float = field(default_factory=time.time)
 
@@ -109,6 +112,7 @@ def gather(
         word=_word(own, submitter, task),
         cancelled=cancelled,
         stop_asked=own.stop.exists(),
+        lacking=tuple(find_lacking(own)),
         known=queue.jobs_of(submitter, lines, task),
     )
 

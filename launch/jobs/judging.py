@@ -5,8 +5,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
+from launch.jobs.again import command_again
 from launch.jobs.evidence import Evidence
 from launch.jobs.processes import is_alive, is_here
 from launch.jobs.words import say_ago, say_duration, say_time
@@ -85,7 +86,7 @@ def _judge_live(e: Evidence, job: QueuedJob, blame: Callable[[QueuedJob], str | 
         slurm = "" if job.state == "RUNNING" else f", {job.state} in SLURM's words"
         return Verdict(state="RUNNING", why=f"{where}{spent}{slurm}", next=_watch(e), job=job)
     wait = explain_wait(job)
-    other = blame(job)
+    other = "; ".join(e.lacking) or blame(job)
     wait = f"{wait}: {other}" if other else wait
     start = ""
     if job.start is not None and job.start > e.now:
@@ -105,8 +106,7 @@ def _judge_word(e: Evidence) -> Verdict:
     when = say_ago(said.time, e.now)
     step = f" at step {said.step}" if said.step is not None else ""
     if said.word == "DONE":
-        missed = getattr(said, "code", 0)
-        verdict = "finished, but not as well as was asked for" if missed else "finished"
+        verdict = "finished, but not as well as was asked for" if said.code else "finished"
         return Verdict(state="DONE", why=f"{verdict}{step} {when}: {said.reason}", next=_after_done(e))
     if said.word == "FAILED":
         return Verdict(state="FAILED", why=f"{said.reason} ({when}{step})", next=(*_log(e), *_again(e)))
@@ -172,6 +172,9 @@ def _judge_never_begun(e: Evidence, blame: Callable[[QueuedJob], str | None]) ->
     number = e.submissions[-1]["job_id"]
     if e.cancelled:
         return Verdict(state="CANCELLED", why=f"{e.cancelled.reason} before it began", next=_again(e))
+    if e.lacking:
+        # SLURM cancelled it, and forgets that in minutes.
+        return Verdict(state="CANCELLED", why=f"job {number} never began: {'; '.join(e.lacking)}", next=_again(e))
     if last is None:
         why = f"job {number} is no longer in the queue and never began"
         return Verdict(state="LOST", why=why, next=_again(e))
@@ -220,9 +223,6 @@ def _after_done(e: Evidence) -> tuple[str, ...]:
 
 
 def _again(e: Evidence) -> tuple[str, ...]:
-    plan: dict[str, Any] = e.plan or {}
-    if not plan.get("command") or plan.get("tasks"):
-        return ()
-    options = " OPTIONS" if plan.get("way") == "slurm" else ""
-    remark = "  # go on from the newest checkpoint, with the options of before" if e.attempts else "  # start it"
-    return (f"signscale launch {plan.get('way')}{options} -- {shlex.join(map(str, plan['command']))}{remark}",)
+    command = command_again(e.plan or {}, e.directory)
+    remark = "go on from the newest checkpoint" if e.attempts else "start it"
+    return () if command is None else (f"{command}  # {remark}",)

@@ -12,7 +12,7 @@ from launch.jobs.evidence import Evidence, gather, read_plan, read_submissions, 
 from launch.jobs.judging import ACTIVE, State, Verdict, judge
 from launch.jobs.plain_run import judge_plain
 from launch.jobs.queue import Queue, find_parents
-from launch.jobs.traces import METRICS, Progress, read_progress, tail
+from launch.jobs.traces import Progress, read_progress, tail
 from launch.jobs.words import say_duration, say_time
 from launch.slurm.squeue import QueuedJob
 from launch.slurm.states import explain_end, has_ended
@@ -180,7 +180,7 @@ def _report_one(e: Evidence, queue: Queue, task: int | None) -> RunReport:
         job=verdict.job,
         job_ids=tuple(dict.fromkeys(str(line["job_id"]) for line in e.submissions)),
         attempts=e.attempts,
-        progress=progress if (e.run / METRICS).exists() or progress.step is not None else None,
+        progress=progress if progress.step is not None else None,
         outlook=_foresee(verdict, progress, e.now),
         notes=tuple(notes),
         log=e.log if e.log and e.log.exists() else None,

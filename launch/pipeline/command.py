@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launch.jobs.options import parse_options
 from launch.pipeline.deciding import Decision, decide
 from launch.pipeline.definition import WAYS, Definition, read_definition
+from launch.pipeline.local import run_locally
 from launch.pipeline.planning import plan_stages
 from launch.pipeline.resolving import resolve
+from launch.pipeline.slurm import find_queued, submit_pipeline
 from launch.prepare import describe
 from trainer.errors import InputError
 from trainer.options import OptionParser
@@ -24,8 +26,9 @@ def main(argv: Sequence[str]) -> int:
     stages = resolve(definition)
     decisions = decide(definition, stages, options.start)
     todo = [decision.ready for decision in decisions if decision.run]
-    planned = plan_stages(definition, todo, options.on, extra)
-    print(_table(definition, decisions), flush=True)
+    queued = find_queued(todo) if options.on == "slurm" else {}
+    planned = plan_stages(definition, [ready for ready in todo if ready.name not in queued], options.on, extra)
+    print(_table(definition, decisions, queued), flush=True)
     if options.dry_run:
         for name, (plan, launch) in planned.items():
             print(f"\nstage {name}\n{describe(plan, launch)}")
@@ -34,13 +37,8 @@ def main(argv: Sequence[str]) -> int:
         print("nothing to do: every stage is done")
         return 0
     plans = {name: plan for name, (plan, _) in planned.items()}
-    # Imported here: each way has modules of its own.
     if options.on == "slurm":
-        from launch.pipeline.slurm import submit_pipeline
-
-        return submit_pipeline(definition, decisions, plans)
-    from launch.pipeline.local import run_locally
-
+        return submit_pipeline(definition, decisions, plans, queued)
     return run_locally(definition, decisions, plans)
 
 
@@ -71,11 +69,13 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, extra
 
 
-def _table(definition: Definition, decisions: Sequence[Decision]) -> str:
+def _table(definition: Definition, decisions: Sequence[Decision], queued: Mapping[str, str]) -> str:
     rows = [("stage", "command", "after", "what happens")]
     for decision in decisions:
         stage = decision.ready.stage
         action = f"run ({decision.why})" if decision.run else f"skip ({decision.why})"
+        if stage.name in queued:
+            action = f"is queued or at work as job {queued[stage.name]}"
         rows.append((stage.name, stage.command, ", ".join(stage.after) or "-", action))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

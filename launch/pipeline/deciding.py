@@ -57,7 +57,7 @@ def decide(definition: Definition, stages: Sequence[Ready], start: str | None = 
 
 def _decide(ready: Ready, by_name: dict[str, Ready], decisions: dict[str, Decision], *, again: bool) -> Decision:
     word = ready.job.last_word()
-    is_done = word is not None and word.word == "DONE"
+    is_done = word is not None and word.word == "DONE" and word.code == 0
     before = _content_before(ready)
     is_training = ready.stage.command == "train"
     if is_training and before is not None:

@@ -10,7 +10,7 @@ from launch.jobs.options import LaunchOptions, parse_options
 from launch.jobs.plan import Plan, Way
 from launch.pipeline.definition import Definition
 from launch.pipeline.record import StageRecord
-from launch.pipeline.resolving import Ready
+from launch.pipeline.resolving import Ready, absolute_words
 from launch.prepare import prepare
 from launch.slurm.options import FIELDS
 from trainer.errors import InputError
@@ -55,7 +55,9 @@ def _plan(definition: Definition, ready: Ready, way: Way, extra: Sequence[str]) 
     local = dataclasses.replace(options.local, processes=1, cpu=True)
     common = dataclasses.replace(common, run=str(folder), launcher="plain", accelerate_config="")
     options = dataclasses.replace(options, common=common, slurm=slurm, local=local)
-    return prepare(way, options, ["-m", f"launch.{ready.stage.command}", *ready.words]), options
+    # A batch job runs in its copy of the code; here the words stay as they were typed.
+    words = absolute_words(ready) if way == "slurm" else ready.words
+    return prepare(way, options, ["-m", f"launch.{ready.stage.command}", *words]), options
 
 
 def option_words(given: Mapping[str, Any]) -> list[str]:

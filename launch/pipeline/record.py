@@ -88,31 +88,26 @@ def _manifest(command: str, output: str | None) -> Path | None:
     return found if found.is_file() else None
 
 
-def why_not_begun(job: JobDirectory) -> str | None:
-    """Say what a stage still lacks; None where nothing does, or where the job is no stage of a pipeline."""
+def find_lacking(job: JobDirectory) -> list[str]:
+    """List what a stage still lacks; nothing where the job is no stage of a pipeline."""
     record = StageRecord.load(job)
-    if record is None:
-        return None
-    lacking = [
-        f"stage {name} {state}"
-        for name, folder in record.needs.items()
-        if (state := _state(JobDirectory(Path(folder)))) is not None
-    ]
-    return f"not begun: {'; '.join(lacking)}" if lacking else None
+    needs = {} if record is None else record.needs
+    states = {name: _state(JobDirectory(Path(folder))) for name, folder in needs.items()}
+    return [f"stage {name} {state}" for name, state in states.items() if state is not None]
 
 
 def _state(job: JobDirectory) -> str | None:
     """Say why what needs this job cannot begin; None where it can."""
     word = job.last_word()
-    if word is not None and word.word == "DONE" and not getattr(word, "code", 0):
-        return None
-    if word is not None and word.word != "RESUME":
+    if word is not None and word.word == "DONE":
+        return None if word.code == 0 else f"is done, but not as well as was asked for: {word.reason}"
+    if word is not None and word.word == "FAILED":
         return f"failed: {word.reason}"
     if word is not None:
         return f"is not done yet: {word.reason}"
-    deeper = why_not_begun(job)
-    if deeper is not None:
-        return f"was {deeper}"
+    deeper = find_lacking(job)
+    if deeper:
+        return f"was not begun, since {'; '.join(deeper)}"
     attempts = job.history()
     if attempts and attempts[-1].ended is not None:
         return f"is not done: {attempts[-1].reason or 'its last attempt left no word'}"
@@ -121,10 +116,12 @@ def _state(job: JobDirectory) -> str | None:
 
 def begin(job: JobDirectory) -> str | None:
     """Let a stage begin, and record what it works from; otherwise return why it may not."""
-    lacking = why_not_begun(job)
+    lacking = find_lacking(job)
     record = StageRecord.load(job)
-    if record is None or lacking is not None:
-        return lacking
+    if lacking:
+        return f"not begun: {'; '.join(lacking)}"
+    if record is None:
+        return None
     given = {}
     for name in record.needs:
         parent = JobDirectory(Path(record.needs[name]))

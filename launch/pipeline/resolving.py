@@ -38,6 +38,8 @@ _LABOUR = frozenset(
 )
 _PARALLEL = {"train": "trainer.train", "evaluate": "trainer.evaluate", "extract": "trainer.extract"}
 """Commands that run on any number of ranks."""
+_TEXT_PATHS = ("source", "out", "annotations", "data_dir", "lm")
+"""Options of the other commands that name paths and are kept as text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +160,23 @@ def _parse(command: str, words: Sequence[str]) -> Any:
     """Parse a command line by the parser of the command itself."""
     module = importlib.import_module(_PARALLEL.get(command, f"launch.{command}"))
     return module.parse_options(list(words))
+
+
+def absolute_words(ready: Ready) -> tuple[str, ...]:
+    """Make the paths in a command line mean the same in any folder."""
+    found = vars(_parse(ready.stage.command, ready.words))
+    values = [one for value in found.values() for one in (value if isinstance(value, list) else [value])]
+    paths = {str(value) for value in values if isinstance(value, Path)}
+    paths |= {value for name in _TEXT_PATHS if (value := found.get(name)) and "://" not in value}
+
+    def absolute(word: str) -> str:
+        return str(Path(word).expanduser().absolute()) if word in paths else word
+
+    made = []
+    for word in ready.words:
+        name, equals, value = word.partition("=")
+        made.append(f"{name}={absolute(value)}" if word.startswith("--") and equals else absolute(word))
+    return tuple(made)
 
 
 def _output(command: str, options: Any) -> Path | None:

@@ -20,10 +20,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.pipeline.record import begin
 from launch.slurm import control
 from launch.slurm.attempt import Leading, close_predecessors, find
 from launch.slurm.control import ControlError
 from launch.slurm.decision import Decision, Preflight, Situation, decide
+from launch.slurm.needs import redirect_children
 from launch.slurm.relay import ExitNoise, notice_of_cancellation, relay, telling_line
 from launch.slurm.requests import StopRequests, say
 from launch.slurm.submit import submit
@@ -54,6 +56,8 @@ def main(argv: Sequence[str]) -> int:
             pid=os.getpid(),
         )
     )
+    if (lacking := begin(leading.job)) is not None:
+        return _refuse(leading, lacking)
     requests.open()
     say(f"attempt {leading.attempt} on {leading.nodes}; its output: {leading.log}")
     found = None
@@ -64,6 +68,14 @@ def main(argv: Sequence[str]) -> int:
             _run(command, leading, environment)
     requests.close()
     return _conclude(leading, found)
+
+
+def _refuse(leading: Leading, lacking: str) -> int:
+    """End a pipeline's stage whose turn it is not: SLURM's dependencies know exit codes, not what was done."""
+    leading.job.leave_word("FAILED", attempt=leading.attempt, step=leading.saved_step(), reason=lacking, code=1)
+    leading.job.end(leading.attempt, step=leading.saved_step(), word="FAILED", reason=lacking)
+    say(lacking)
+    return 1
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
@@ -199,7 +211,10 @@ def _resubmit(leading: Leading, decision: Decision, refusal: str) -> None:
         reason = f"SLURM takes the job neither back nor anew: {refusal}{'; '.join(error.problems)}"
         leading.job.leave_word("FAILED", attempt=leading.attempt, step=leading.saved_step(), reason=reason, code=1)
         return say(reason)
-    return say(f"{refusal}submitted anew as {job_id}")
+    say(f"{refusal}submitted anew as {job_id}")
+    for line in redirect_children(leading.job):
+        say(line)
+    return None
 
 
 if __name__ == "__main__":

@@ -57,13 +57,14 @@ def submit(
     dependencies: Sequence[str] = (),
     array: str | None = None,
     exclude: Sequence[str] = (),
+    hold: bool = False,
     test_only: bool = False,
 ) -> str:
     """Submit a batch script, record it, and return the job id; with `test_only` return what sbatch would do.
 
     `dependencies` are sbatch's (`afterok:4711`, `singleton`); the job is cancelled where one can never be met.
-    `exclude` names nodes to stay away from, in place of those that the script names. Raises `InputError` with sbatch's
-    own message and the option to blame.
+    `exclude` names nodes to stay away from, in place of those that the script names; `hold` keeps the job from starting
+    until it is released. Raises `InputError` with sbatch's own message and the option to blame.
     """
     if shutil.which("sbatch") is None:
         raise InputError(f"sbatch is not on PATH: {_elsewhere()}")
@@ -74,6 +75,8 @@ def submit(
         command.append(f"--array={array}")
     if exclude:
         command.append(f"--exclude={','.join(exclude)}")
+    if hold:
+        command.append("--hold")
     if test_only:
         command.append("--test-only")
     job.logs.mkdir(parents=True, exist_ok=True)
@@ -88,7 +91,7 @@ def submit(
     if not match:
         raise InputError(f"sbatch answered {answer.stdout.strip()!r}, expected a job id; look with squeue")
     job_id, cluster = match.groups()
-    job.add_submission(job_id, cluster=cluster, after=list(dependencies))
+    job.add_submission(job_id, cluster=cluster, after=list(dependencies), **({"held": True} if hold else {}))
     return job_id
 
 

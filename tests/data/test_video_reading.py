@@ -180,6 +180,13 @@ def test_fewer_frames_than_the_index_says(tmp_path: Path) -> None:
         open_split(tmp_path)
 
 
+def test_a_video_of_fewer_frames_than_the_index_says(tmp_path: Path) -> None:
+    annotate(tmp_path, ["a|a.mp4|Signer01|X|13"], header="id|folder|signer|annotation|num_frames")
+    write_video(tmp_path / "train" / "a.mp4", make_frames(FRAMES))
+    with pytest.raises(InputError, match=r"train/a\.mp4: holds 12 frames, line 2 of the annotations says 13"):
+        open_split(tmp_path)
+
+
 def test_two_kinds_of_frames_in_a_clip(tmp_path: Path) -> None:
     annotate(tmp_path, ["a|a|Signer01|X"])
     write_frames(tmp_path / "train" / "a", make_frames(3))
@@ -273,10 +280,11 @@ def test_an_mp4_cut_behind_its_index_is_named(tmp_path: Path) -> None:
         split.read(0, np.empty((60, CROP, CROP, 3), np.uint8))
 
 
-def test_a_grey_video_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pixels", ["gray", "bgra"])
+def test_a_grey_or_transparent_video_is_refused(tmp_path: Path, pixels: str) -> None:
     annotate(tmp_path, ["a|a.mkv|Signer01|X"])
-    write_video(tmp_path / "train" / "a.mkv", make_frames(FRAMES), codec="ffv1", pixels="gray")
-    with pytest.raises(InputError, match=r"a\.mkv: expected colours .*, found pixels of the kind gray"):
+    write_video(tmp_path / "train" / "a.mkv", make_frames(FRAMES), codec="ffv1", pixels=pixels)
+    with pytest.raises(InputError, match=rf"a\.mkv: expected colours .*, found pixels of the kind {pixels}"):
         open_split(tmp_path)
 
 

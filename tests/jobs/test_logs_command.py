@@ -80,6 +80,18 @@ def test_a_rank_is_counted_over_the_nodes(launch: Launch, capsys: pytest.Capture
         job_logs.main([str(job.folder.parent), "--rank", "-1"])
 
 
+def test_a_run_without_files_per_rank(launch: Launch, capsys: pytest.CaptureFixture[str]) -> None:
+    job = started(launch)
+    job.leave_word("DONE", attempt="local-1-1", step=1, reason="finished")
+    assert job_logs.main([str(job.folder.parent), "--rank", "0"]) == 1
+    assert "leave --rank out" in capsys.readouterr().err
+    tried = launch("tried", way="debug")
+    begin(tried, "local-1-1", **local_fields(1))
+    tried.leave_word("DONE", attempt="local-1-1", step=1, reason="finished")
+    assert job_logs.main([str(tried.folder.parent)]) == 1
+    assert "keeps no log; DONE" in capsys.readouterr().err
+
+
 def test_a_run_that_nobody_launched_has_no_log(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("")
     with pytest.raises(InputError, match="was not launched"):

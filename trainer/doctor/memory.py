@@ -16,11 +16,13 @@ from trainer.doctor.storage import check_space, checkpoint_bytes, nearest_folder
 from trainer.engine import Engine
 from trainer.engine.configuration import read_launch
 from trainer.layout import slot_frames
+from trainer.loss import StepLoss
 from trainer.memory.accounting import granted, is_limited
 from trainer.memory.activations import count_activations, read_ahead
 from trainer.memory.model import Load
 from trainer.memory.probe import probe
 from trainer.memory.static import Backend, static_memory, zero_backend
+from trainer.memory.teacher import make_up_teacher, teacher_bytes
 from trainer.memory.worst import find_worst
 from trainer.models.build import build_model
 from trainer.recipe import VIDEO_MODELS, Recipe
@@ -48,8 +50,13 @@ def check_memory(recipe: Recipe, corpus: TrainingCorpus, engine: Engine) -> Iter
         if engine.is_main:
             yield estimate(recipe, dim, classes, engine, slots=slots, padding=worst.padding)
         return
-    engine.prepare(build_model(recipe.model, feature_dim=dim, num_classes=classes), recipe.optimization)
-    found = probe(engine, loader, worst, goal=slots, states=STATES[recipe.optimization.optimizer])
+    # The teacher's weights are there before the student's, as in a run.
+    teacher = make_up_teacher(recipe, feature_dim=dim, num_classes=classes, device=engine.device)
+    model = build_model(recipe.model, feature_dim=dim, num_classes=classes)
+    StepLoss(objective=recipe.objective, distillation=teacher).equip(model)
+    engine.prepare(model, recipe.optimization)
+    states = STATES[recipe.optimization.optimizer]
+    found = probe(engine, loader, worst, goal=slots, states=states, distillation=teacher)
     # None: the pass that was made for it told nothing.
     room = "" if found.capacity is None else f" of {size(found.capacity)}"
     taken = found.model.peak(Load(slots=found.budget, padded=round(found.budget * worst.padding)))
@@ -83,6 +90,7 @@ def estimate(recipe: Recipe, dim: int, classes: int, engine: Engine, *, slots: i
         optimizer=recipe.optimization.optimizer,
         on_cuda=engine.device.type == "cuda",
         fused=recipe.optimization.fused_optimizer,
+        teacher=teacher_bytes(recipe, feature_dim=dim, num_classes=classes),
     )
     itemsize = 1 if recipe.model.model in VIDEO_MODELS else 4
     ahead = read_ahead(dim, num_workers=recipe.corpus.num_workers, on_cuda=False, itemsize=itemsize)
