@@ -28,7 +28,7 @@ from gpu_runs import LIMIT, LIMIT_FROM, REPORT
 import trainer.loop
 import trainer.train
 from trainer.engine import Engine
-from trainer.errors import exit_on_input_error
+from trainer.exits import exit_on_input_error
 from trainer.loop import TrainingRun
 from trainer.memory.exhaustion import memory_figures
 

@@ -184,6 +184,6 @@ def _show(row: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    from trainer.errors import exit_on_input_error
+    from trainer.exits import exit_on_input_error
 
     exit_on_input_error(main)

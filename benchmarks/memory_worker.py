@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from trainer.assembly import make_training_loader
 from trainer.data.prepare import TrainingCorpus, prepare_corpus
 from trainer.engine import Engine, open_engine
+from trainer.loss import StepLoss
 from trainer.memory.accounting import PeakMeter, in_use, resident_files
 from trainer.memory.cells import loss_of, random_cell
 from trainer.models.build import build_model
@@ -60,7 +61,7 @@ def load_code(recipe: Recipe, corpus: TrainingCorpus) -> None:
         device=next(model.parameters()).device,
     )
     optimizer = make_optimizer(model, recipe.optimization)
-    loss_of(model(cell.features, cell.layout), cell, recipe.objective).backward()
+    loss_of(model.outputs(cell.features, cell.layout), cell, recipe.objective).backward()
     optimizer.step()
 
 
@@ -91,7 +92,7 @@ def measure(recipe: Recipe, engine: Engine, corpus: TrainingCorpus, steps: int) 
             with Reload(loader, share) as reload:
                 # The two halves of `train_step`, measured apart.
                 with PeakMeter(engine.device) as meter:
-                    Passes(engine, share, reload, recipe.objective.label_smoothing).run(cells)
+                    Passes(engine, share, reload, StepLoss(objective=recipe.objective)).run(cells)
                 phases[f"passes {done}"] = meter.peak - before
                 with PeakMeter(engine.device) as meter:
                     update = engine.update(1e-4, recipe.optimization.gradient_clip)

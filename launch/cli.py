@@ -6,10 +6,12 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from trainer.errors import EXIT_INPUT_ERROR, InputError, exit_on_input_error
+from trainer.errors import InputError
+from trainer.exits import EXIT_INPUT_ERROR, exit_on_input_error
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("trainer.train", "train a model by a recipe, on this process alone"),
+    "launch": ("launch.launch", "start a command: to debug it, on this machine's devices, or on a cluster"),
     "extract": ("trainer.extract", "extract a teacher's soft targets, which students learn from"),
     "evaluate": ("trainer.evaluate", "evaluate a run or a checkpoint on a split"),
     "export": ("launch.export", "export a trained model as one file that needs no run"),
@@ -18,8 +20,15 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "synth": ("launch.synth", "write a synthetic corpus"),
     "plan": ("launch.plan", "show what steps a recipe makes of a corpus on any number of ranks"),
     "estimate": ("launch.estimate", "show what a recipe needs of memory under each backend, and what fits"),
+    "doctor": ("launch.doctor", "look at machines, corpus and run on all ranks, before GPU hours are spent"),
     "describe": ("launch.describe", "show what a model costs: parameters, operations, time on a CPU"),
+    "sweep": ("launch.sweep_table", "show the runs of a sweep, best first"),
+    "pipeline": ("launch.pipeline", "run the stages of a pipeline file, here or on SLURM, each after those it needs"),
     "compare": ("launch.compare", "put runs side by side: word error rate, size, speed, and whether the target is met"),
+    "jobs": ("launch.job_list", "list the runs below a folder: what each is doing, and where"),
+    "status": ("launch.job_status", "show what a run and its job are doing, how far they are, what to type next"),
+    "logs": ("launch.job_logs", "print what a job said, and follow it over its requeues"),
+    "cancel": ("launch.job_cancel", "end a job for good, once it has saved"),
     "score": ("launch.score", "score a hypothesis file against a reference file"),
 }
 
@@ -30,8 +39,8 @@ Train continuous sign-language recognition: a sentence of signs in, a sequence o
 commands:
 {commands}
 
-`signscale COMMAND --help` lists the options of a command. On several ranks, train and evaluate run through
-  accelerate launch --config_file accelerate_configs/multi_gpu.yaml -m trainer.train [options]
+`signscale COMMAND --help` lists the options of a command. Several ranks, here or on a cluster, are started by
+  signscale launch local|slurm [options] -- train [options]
 """
 
 
@@ -49,7 +58,9 @@ def run(argv: Sequence[str]) -> int:
         parse_recipe(argv[1:])
     if argv[0] not in COMMANDS:
         raise InputError(f"unknown command {argv[0]!r}; expected one of {', '.join(COMMANDS)}")
-    return int(importlib.import_module(COMMANDS[argv[0]][0]).main(list(argv[1:])) or 0)
+    code: int | None = importlib.import_module(COMMANDS[argv[0]][0]).main(list(argv[1:]))
+    # As it is: an exit code may say more than its number (`trainer.exits.Outcome`).
+    return 0 if code is None else code
 
 
 def main() -> None:

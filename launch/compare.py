@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.describe import add_measuring_options, read_model
-from trainer.errors import InputError, exit_on_input_error
+from trainer.errors import InputError
+from trainer.exits import exit_on_input_error
 from trainer.options import OptionParser
 
 # What needs torch is imported once the command line is known to be right.
@@ -24,7 +25,7 @@ _DECODING = ("protocol", "decoder", "beam_width", "lm", "lm_weight", "lm_inserti
 
 def main(argv: Sequence[str]) -> int:
     """Print the table; return 1 where `--require_target` is given and a run misses it."""
-    options = _parse(argv)
+    options = parse_options(argv)
     evaluations = read_evaluations(options.runs, options.split)
     models = _read_models(options.runs)
     from trainer.models.figures import measure
@@ -191,7 +192,7 @@ def _verdict(met: bool | str | None) -> str:
     return {None: "undefined", True: "met", False: "missed"}[met]
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser = OptionParser(
         prog="signscale compare",
         description="Runs side by side: WER of what signscale evaluate found, size, operations and time on one CPU "

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.errors import InputError, exit_on_input_error
+from trainer.errors import InputError
+from trainer.exits import exit_on_input_error
 from trainer.files import write_json
 from trainer.options import OptionParser
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> int:
     """Export, verify, publish; InputError for what cannot be exported, and nothing is written then."""
-    options = _parse(argv)
+    options = parse_options(argv)
     from trainer.checkpoint.content import read_checkpoint
     from trainer.checkpoint.store import find_checkpoint
     from trainer.export.formats import REPORT, check_format, open_recognition, write_model
@@ -79,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser = OptionParser(
         prog="signscale export",
         description="Export a trained model as one file with its vocabulary and normalisation inside: raw features "

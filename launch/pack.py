@@ -18,7 +18,8 @@ from trainer.data.shards.pack_listing import compare_source, is_packed, known_cl
 from trainer.data.shards.pack_source import choose_splits, default_annotations
 from trainer.data.shards.pack_workers import StoppedError, WorkerPool
 from trainer.data.shards.verify import Verified, verify
-from trainer.errors import EXIT_INPUT_ERROR, InputError, exit_on_input_error, format_problems
+from trainer.errors import InputError, format_problems
+from trainer.exits import EXIT_INPUT_ERROR, exit_on_input_error
 from trainer.options import OptionParser
 
 EXIT_STOPPED = 130
@@ -80,8 +81,8 @@ same command goes on where it was. Exit codes: 0 packed, 2 a mistake in the inpu
     return parser
 
 
-def main(argv: Sequence[str]) -> int:
-    """Pack, verify or compare as the flags say. Raises `InputError` on a mistake in flags or source."""
+def parse_options(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line. Raises `InputError` for what shows without a look at the source."""
     options = _build_parser().parse(argv)
     if options.shard_mb <= 0:
         raise InputError(f"--shard_mb: expected a size above 0, found {options.shard_mb:g}; 512 suits most disks")
@@ -95,6 +96,12 @@ def main(argv: Sequence[str]) -> int:
             )
     if Path(options.out).resolve().is_relative_to(Path(options.source).resolve()):
         raise InputError(f"OUT: {options.out} lies inside SOURCE; choose a folder beside it")
+    return options
+
+
+def main(argv: Sequence[str]) -> int:
+    """Pack, verify or compare as the flags say. Raises `InputError` on a mistake in flags or source."""
+    options = parse_options(argv)
     if is_packed(Path(options.source)):
         raise InputError(f"SOURCE: {options.source} is packed already; name the corpus it was packed from")
     spec = PackSpec(

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from launch.lengths import Lengths, read_length_table, read_lengths
-from trainer.errors import InputError, exit_on_input_error
+from trainer.errors import InputError
+from trainer.exits import exit_on_input_error
 from trainer.options import OptionParser, positive_count, positive_number
 from trainer.recipe import Recipe, combination_problems
 

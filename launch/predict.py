@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.errors import InputError, exit_on_input_error
+from trainer.errors import InputError
+from trainer.exits import exit_on_input_error
 from trainer.options import OptionParser, positive_number
 from trainer.scoring.decoder import Decoder, add_decoder_options, check_decoder_options, open_decoder
 
@@ -23,7 +24,7 @@ FPS = 25.0
 
 def main(argv: Sequence[str]) -> int:
     """Check all files first, then print what is signed in each; InputError for a user's mistake."""
-    options = _parse(argv)
+    options = parse_options(argv)
     from trainer.export.formats import open_recognition
     from trainer.export.inputs import check_clips
 
@@ -77,7 +78,7 @@ def predict(path: Path, recognition: Recognition, decoder: Decoder, *, fps: floa
     }
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser = OptionParser(
         prog="signscale predict",
         description="Print the glosses signed in clips, with start and end in seconds and a confidence: the mean "

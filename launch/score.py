@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.errors import InputError, exit_on_input_error, name_some
+from trainer.errors import InputError, name_some
+from trainer.exits import exit_on_input_error
 from trainer.options import OptionParser
 from trainer.scoring.ctm_stm import Transcripts, read_transcripts
 from trainer.scoring.protocols import PROTOCOLS, score
@@ -17,7 +18,7 @@ from trainer.scoring.wer import WerCounts
 
 def main(argv: Sequence[str]) -> int:
     """Score a hypothesis file against a reference file; InputError for a user's mistake."""
-    arguments = _parse(argv)
+    arguments = parse_options(argv)
     _refuse_swapped(arguments.reference, arguments.hypothesis)
     references = read_transcripts(arguments.reference, read_csv=_read_reference_csv)
     hypotheses = read_transcripts(arguments.hypothesis, read_csv=_read_hypothesis_csv)
@@ -41,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser = OptionParser(
         prog="signscale score",
         description="Word error rate of a hypothesis file, errors pooled over all clips of the references.",

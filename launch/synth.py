@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.data.synthetic import EVALUATION_SHARE, SplitSummary, SyntheticSpec, write_corpus
-from trainer.errors import InputError, exit_on_input_error
+from trainer.errors import InputError
+from trainer.exits import exit_on_input_error
 from trainer.options import OptionParser
 
 _FRAME_SIZE = 64
@@ -62,14 +64,20 @@ def _tabulate(summaries: list[SplitSummary]) -> str:
     return "\n".join(f"{row[0]:<6}" + "".join(f"{cell:>10}" for cell in row[1:]) for row in rows)
 
 
+def parse_options(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line. Raises `InputError` for flags that do not go together."""
+    options = _build_parser().parse(argv)
+    if options.layout == "phoenix2014" and options.feature_dim:
+        raise InputError("--feature_dim: is for --layout features; drop it, or give --frame_size")
+    if options.layout != "phoenix2014" and options.frame_size:
+        raise InputError("--frame_size: is for --layout phoenix2014; drop it, or add that")
+    return options
+
+
 def main(argv: Sequence[str]) -> int:
     """Write the corpus the flags ask for and print what it holds. Raises `InputError` on a bad value."""
-    options = _build_parser().parse(argv)
+    options = parse_options(argv)
     is_video = options.layout == "phoenix2014"
-    if is_video and options.feature_dim:
-        raise InputError("--feature_dim: is for --layout features; drop it, or give --frame_size")
-    if not is_video and options.frame_size:
-        raise InputError("--frame_size: is for --layout phoenix2014; drop it, or add that")
     spec = SyntheticSpec(
         clips=options.clips,
         seed=options.seed,

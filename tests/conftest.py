@@ -51,9 +51,12 @@ def coffee() -> Path:
     return folder
 
 
+_FOREIGN = ("ACCELERATE_", "SIGNSCALE_", "WANDB_", "RANK", "WORLD_SIZE")
+
+
 def environment() -> dict[str, str]:
     """The environment of a test process: one thread, and none of the launcher's variables of an outer run."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "WANDB_", "RANK", "WORLD_SIZE"))}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(_FOREIGN)}
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
 
 

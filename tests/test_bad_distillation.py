@@ -77,6 +77,15 @@ def refusal(folder: Path, run: Path, *flags: str, corpus: Path | None = None) ->
             ["--soft_targets", "b", "--mixup_alpha", "0.2"],
             r"mixup_alpha 0.2 changes them; .* \(--teacher RUN instead\)",
         ),
+        (["--feature_weight", "-0.1"], "feature_weight"),
+        (
+            ["--feature_weight", "1"],
+            "feature_weight: compares with a teacher's features, and none is named; add --teacher",
+        ),
+        (
+            ["--soft_targets", "b", "--feature_weight", "1"],
+            r"feature_weight: stored soft targets hold no features; let the teacher .* \(--teacher RUN instead of",
+        ),
         (["--distill_labels", "teacher"], "distill_labels: teacher decodes nothing where none is named"),
         (
             ["--teacher", "a", "--distill_labels", "teacher", "--mixup_alpha", "0.2"],

@@ -19,7 +19,7 @@ from trainer.train import main
 # Trains with RANK in its flags replaced by the rank's number: every rank has a corpus folder of its own.
 OWN_CORPUS = """
 import os, sys
-from trainer.errors import exit_on_input_error
+from trainer.exits import exit_on_input_error
 from trainer.train import main
 exit_on_input_error(lambda: main([flag.replace("RANK", os.environ["RANK"]) for flag in sys.argv[1:]]))
 """

@@ -12,7 +12,8 @@ from tests.conftest import ROOT, environment
 # Rank 0 comes late, as where it alone writes or loads something first.
 LATE_RANK_0 = """
 import os, time
-from trainer.errors import InputError, exit_on_input_error
+from trainer.errors import InputError
+from trainer.exits import exit_on_input_error
 def main():
     if os.environ["RANK"] == "0":
         time.sleep(4)
@@ -25,7 +26,8 @@ ONE_RANK_LEAVES = """
 import os, time
 import torch.distributed as dist
 import torch
-from trainer.errors import InputError, exit_on_input_error
+from trainer.errors import InputError
+from trainer.exits import exit_on_input_error
 def main():
     dist.init_process_group("gloo")
     if os.environ["RANK"] == "1":
@@ -73,7 +75,7 @@ def test_a_rank_that_waits_in_vain_says_so_in_a_line(tmp_path: Path) -> None:
 
 def test_an_error_of_ours_keeps_its_traceback(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    script.write_text("from trainer.errors import exit_on_input_error\nexit_on_input_error(lambda: int('x'))\n")
+    script.write_text("from trainer.exits import exit_on_input_error\nexit_on_input_error(lambda: int('x'))\n")
     done = subprocess.run([sys.executable, script], env=environment(), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "Traceback" in done.stderr

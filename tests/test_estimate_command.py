@@ -12,6 +12,7 @@ import pytest
 
 from launch.cli import run
 from tests.conftest import ROOT
+from tests.publishing import publish
 from trainer.data.lengths import draw_phoenix_lengths
 from trainer.errors import InputError
 from trainer.memory import activations
@@ -127,6 +128,34 @@ def test_checkpointing_takes_less_per_frame(table: Path, capsys: pytest.CaptureF
     )
     assert less["saved_per_slot"] < 0.5 * plain["saved_per_slot"]
     assert less["per_slot"] < plain["per_slot"]
+
+
+def test_an_online_teacher_and_what_training_alone_needs_are_counted(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = ["--data_dir", corpus, "--model", "student", "--width", "0.1", "--rnn_size", "16", "--num_workers", "0"]
+    alone = report(capsys, *student)
+    teacher = publish(tmp_path / "teacher", corpus, "--width", "0.3", "--rnn_size", "64")
+    taught = report(capsys, *student, "--teacher", teacher)
+    weights = report(capsys, "--data_dir", corpus, "--width", "0.3", "--rnn_size", "64", "--no-measure")["parameters"]
+    assert taught["teacher_bytes"] == 4 * weights > 4 * alone["parameters"]
+    assert taught["parameters"] == alone["parameters"]
+    rows = {name: found["rows"][0] for name, found in (("alone", alone), ("taught", taught))}
+    # Its activations are those of one layer at a time, and yet more than this student's.
+    assert rows["taught"]["activations"] > 1.2 * rows["alone"]["activations"]
+    for row in rows.values():
+        kept = row["parameters"] + row["gradients"] + row["optimizer"] + row["teacher"]
+        assert row["sum"] == pytest.approx(kept + max(row["activations"], row["buffers_in_update"]) + row["read_ahead"])
+    both = report(capsys, *student, "--teacher", teacher, "--visual_ctc_weight", "1", "--feature_weight", "1")
+    # A classifier of the visual features, and a projection of 2 x 16 onto 2 x 64 of them.
+    classes, visual = 9, both["auxiliary_parameters"] - (2 * 16 + 1) * 2 * 64
+    assert visual > 0
+    assert visual % classes == 0
+    assert both["parameters"] == alone["parameters"] + both["auxiliary_parameters"]
+    assert run(["estimate", *map(str, student), "--teacher", str(teacher), "--no-measure"]) == 0
+    assert f"the teacher's weights take {4 * weights / 1e6:,.0f} MB of every rank" in capsys.readouterr().out
+    with pytest.raises(InputError, match="expected a run directory or a checkpoint"):
+        run(["estimate", *map(str, student), "--teacher", str(tmp_path / "nowhere")])
 
 
 def test_the_table_says_what_is_measured_and_what_is_not(table: Path, capsys: pytest.CaptureFixture[str]) -> None:

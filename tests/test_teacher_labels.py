@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.data.batch import MicroBatch, make_labels
-from trainer.distillation import Distillation
+from trainer.distillation import Answer, Distillation
 from trainer.layout import lay_out
 from trainer.objectives.ctc import ctc_losses, float32_log_probs
 from trainer.recipe import DistillationRecipe
@@ -24,13 +23,14 @@ class Told:
 
     where, fingerprint, protocol = "told", "told", "plain"
     wer: float | None = None
+    num_features: int | None = None
 
     def __init__(self, paths: list[list[int]], total_stride: int) -> None:
         self.total_stride = total_stride
         self._paths = torch.tensor([label for path in paths for label in path])
 
-    def log_probs(self, cell: MicroBatch, *, made_up: bool) -> Tensor:
-        return (4.0 * F.one_hot(self._paths, CLASSES).float()).log_softmax(dim=-1)
+    def answer(self, cell: MicroBatch, *, made_up: bool) -> Answer:
+        return Answer(log_probs=(4.0 * F.one_hot(self._paths, CLASSES).float()).log_softmax(dim=-1))
 
 
 def make_cell(frames: list[int], annotated: list[list[int]]) -> MicroBatch:

@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
-from torch import nn
 
 from trainer.backbones import load_published, settle_norm
 from trainer.checkpoint.content import Checkpoint, RunState, read_checkpoint
@@ -21,22 +20,28 @@ from trainer.data.vocabulary import BLANK
 from trainer.distillation_sources import adopt_normalization, make_distillation, open_source
 from trainer.engine import Engine
 from trainer.errors import InputError, name_some
+from trainer.job.rank import NO_JOB, Job, NoJob
 from trainer.loop import TrainingRun
-from trainer.models.build import build_model, load_weights
+from trainer.loss import StepLoss
+from trainer.models.auxiliary import AUXILIARY
+from trainer.models.build import build_model, load_weights, starts_fresh
+from trainer.models.recognizer import Recognizer
 from trainer.observe.progress import Progress
 from trainer.observe.trackers import open_trackers
 from trainer.recipe import VIDEO_MODELS, Recipe
 from trainer.relief import Relief
-from trainer.run_directory import check_same_recipe, claim, record
+from trainer.run_directory import check_same_recipe, claim, make_folder, record
 from trainer.signals import StopRequest
 
 
-def build_run(recipe: Recipe, engine: Engine, progress: Progress, stop: StopRequest) -> TrainingRun:
+def build_run(
+    recipe: Recipe, engine: Engine, progress: Progress, stop: StopRequest, job: Job | NoJob = NO_JOB
+) -> TrainingRun:
     """Check all input, then put the parts together; the run directory is written to only once all is right."""
-    recipe = _with_absolute_paths(recipe)
+    recipe = with_absolute_paths(recipe)
     run_dir = Path(recipe.run.output_dir)
-    store = CheckpointStore(run_dir, keep=recipe.run.keep_checkpoints)
-    existed = engine.on_main(lambda: claim(recipe))
+    store = CheckpointStore(run_dir, keep=recipe.run.keep_checkpoints, job=job)
+    existed = engine.on_main(lambda: _enter(recipe, job, progress))
     path, goes_on = engine.on_main(lambda: _find_start(recipe, store, progress, existed=existed))
     start = engine.together(lambda: read_checkpoint(path) if path else None)
     recipe = settle_norm(recipe, start.recipe if start else None)
@@ -63,11 +68,14 @@ def build_run(recipe: Recipe, engine: Engine, progress: Progress, stop: StopRequ
         corpus = adopt_normalization(corpus, teacher, progress)
     distillation = make_distillation(teacher, recipe, corpus, engine, progress)
     model = build_model(recipe.model, feature_dim=corpus.normalization.feature_dim, num_classes=len(corpus.vocabulary))
+    # Drawn last, so that a model starts from the same weights with and without.
+    StepLoss(objective=recipe.objective, distillation=distillation).equip(model)
     if start is not None:
         _load_start(model, start, corpus, progress, where=str(path))
     elif said := load_published(model, recipe, engine):
         progress.say(said)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    extra = sum(weight.numel() for name, weight in model.named_parameters() if name.startswith(AUXILIARY))
+    parameters = sum(parameter.numel() for parameter in model.parameters()) - extra
     engine.prepare(model, recipe.optimization)
     state = RunState()
     if resumed is not None:
@@ -77,13 +85,14 @@ def build_run(recipe: Recipe, engine: Engine, progress: Progress, stop: StopRequ
             engine.loss_scale.restore(state.loss_scale)
     state.num_clips, state.world_size = len(corpus.train), engine.world_size
     state.clips_hash, state.files_hash = corpus.clips_hash, corpus.files_hash
-    engine.on_main(lambda: record(recipe, world_size=engine.world_size, device=str(engine.device)))
+    engine.on_main(lambda: _begin_writing(recipe, engine, job, progress, existed=existed))
     engine.on_main(distillation.record)
     if not engine.on_main(lambda: store.go_back_to(state, progress.say)):
         # The best checkpoint went with the steps that were lost: the next validation is the best one again.
         state.best = state.best_step = None
+    for_training = f" and {extra / 1e6:.2f} M for training alone" if extra else ""
     progress.say(
-        f"{recipe.model.model}: {parameters / 1e6:.1f} M parameters; {len(corpus.train)} training and "
+        f"{recipe.model.model}: {parameters / 1e6:.1f} M parameters{for_training}; {len(corpus.train)} training and "
         f"{len(corpus.dev)} dev clips, {len(corpus.vocabulary) - 1} glosses, {corpus.train.input_name}; "
         f"global batch {recipe.global_batch_size(engine.world_size)} clips on {engine.world_size} rank(s)"
     )
@@ -94,6 +103,7 @@ def build_run(recipe: Recipe, engine: Engine, progress: Progress, stop: StopRequ
             after_step=state.step if resumed else -1,
             project=recipe.run.wandb_project,
             recipe=recipe.flat(),
+            fence=job.check,
         )
         if engine.is_main
         else []
@@ -112,7 +122,29 @@ def build_run(recipe: Recipe, engine: Engine, progress: Progress, stop: StopRequ
         stop=stop,
         relief=Relief(engine, recipe, trackers, progress.say),
         distillation=distillation,
+        job=job,
     )
+
+
+def _enter(recipe: Recipe, job: Job | NoJob, progress: Progress) -> bool:
+    """See that the run directory is new, or this recipe's and nobody else at work on it; tell whether it existed."""
+    run_dir = Path(recipe.run.output_dir)
+    job.check_run(run_dir)
+    existed = claim(recipe)
+    if existed:
+        job.take_run(run_dir, progress.say)
+    return existed
+
+
+def _begin_writing(recipe: Recipe, engine: Engine, job: Job | NoJob, progress: Progress, *, existed: bool) -> None:
+    """Take the run directory, and say in it what is to be done there; another may have come first by now."""
+    run_dir = Path(recipe.run.output_dir)
+    job.check_run(run_dir)
+    make_folder(run_dir)
+    job.take_run(run_dir, progress.say)
+    if not existed and claim(recipe):
+        raise InputError(f"{run_dir}: another command has begun this run meanwhile; give yours again")
+    record(recipe, world_size=engine.world_size, device=str(engine.device))
 
 
 def _check_same_objective(stored: Recipe, recipe: Recipe, where: str) -> None:
@@ -126,7 +158,7 @@ def _check_same_objective(stored: Recipe, recipe: Recipe, where: str) -> None:
         )
 
 
-def _with_absolute_paths(recipe: Recipe) -> Recipe:
+def with_absolute_paths(recipe: Recipe) -> Recipe:
     """Let the stored recipe find the corpus and the teacher from any folder."""
     corpus = recipe.corpus
     annotations = str(Path(corpus.annotations).absolute()) if corpus.annotations else ""
@@ -258,7 +290,9 @@ def _check_corpus(
         progress.say(f"warning: a global batch of {batch} clips leaves {engine.world_size - batch} ranks idle")
 
 
-def _load_start(model: nn.Module, start: Checkpoint, corpus: TrainingCorpus, progress: Progress, *, where: str) -> None:
+def _load_start(
+    model: Recognizer, start: Checkpoint, corpus: TrainingCorpus, progress: Progress, *, where: str
+) -> None:
     """Load weights into the bare model; classes are matched by gloss."""
     classes: list[int | None] | None = None
     if start.vocabulary != corpus.vocabulary:
@@ -269,4 +303,10 @@ def _load_start(model: nn.Module, start: Checkpoint, corpus: TrainingCorpus, pro
             f"{where}: its vocabulary differs; {len(classes) - 1 - len(fresh)} glosses keep their weights, "
             f"{len(fresh)} start fresh"
         )
+    own = model.state_dict()
+    left = [name for name in start.model if name.startswith(AUXILIARY) and name not in own]
+    fresh_parts = starts_fresh(own, start.model, by_class=classes is not None)
+    for names, what in ((left, "left out"), (fresh_parts, "started fresh")):
+        if names:
+            progress.say(f"{where}: {name_some(names)}: for training alone, {what}")
     load_weights(model, start.model, classes=classes, where=where)

@@ -1,27 +1,65 @@
 """Distillation: a student learns from CTC and from a teacher, asked in every step or by its stored soft targets.
 
-The loss of a step is `alpha * T^2 * KL / F + (1 - alpha) * CTC / D`: the divergence is a sum over the output frames of
-the global batch, F of them, which every rank knows from the plan, as it knows CTC's own denominator D. Blank frames
-that count less than others stay in F, so that it needs no communication and no look at a distribution.
+The loss of a step is `alpha * T^2 * KL / F + (1 - alpha) * CTC / D`, and `feature_weight * (1 - cos) / F` where
+features are compared. Both are sums over the output frames of the global batch, F of them, which every rank knows from
+the plan, as it knows CTC's own denominator D. Blank frames that count less than others stay in F, so that it needs no
+communication and no look at a distribution.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from trainer.data.batch import Labels, MicroBatch
-from trainer.data.loader import StepShare
 from trainer.files import write_json
-from trainer.objectives.distillation import align_frames, divergence_sum, soften
+from trainer.layout import TimeLayout, lay_out
+from trainer.models.temporal_head import Outputs
+from trainer.objectives.ctc import float32_log_probs
+from trainer.objectives.distillation import align_features, align_frames, distance_sum, divergence_sum, soften
 from trainer.recipe import DistillationRecipe
 from trainer.scoring.decoding import best_path
 
 RECORD = "distillation.json"
+DISTILLATION_LOSS, FEATURE_LOSS = "distillation_loss", "feature_loss"
+
+Term = tuple[str, float, Tensor]
+"""Name, weight and value of a part of the loss."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a teacher says of the clips of a micro-batch, in frames of its own stride, clip after clip."""
+
+    log_probs: Tensor
+    """Log-probabilities `[M, V]` at temperature 1."""
+    features: Tensor | None = None
+    """What its classifier saw, `[M, C]`, where it was asked for."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Targets:
+    """The same on the student's frames, softened."""
+
+    log_probs: Tensor
+    features: Tensor | None = None
+
+
+def ask(
+    forward: Callable[[Tensor, TimeLayout], Outputs], cell: MicroBatch, *, stride: int, student_stride: int
+) -> Answer:
+    """Let a model of `stride` see the clips of a cell as the student sees them, without dropout."""
+    layout = dataclasses.replace(cell.layout, row_seeds=None)
+    if stride != student_stride:
+        layout = lay_out(np.array(layout.input_lengths), stride).to(cell.features.device)
+    outputs = forward(cell.features, layout)
+    return Answer(log_probs=float32_log_probs(outputs.logits), features=outputs.features)
 
 
 class Source(Protocol):
@@ -35,38 +73,40 @@ class Source(Protocol):
     """Dev WER in percent, where it is known."""
     protocol: str
 
-    def log_probs(self, cell: MicroBatch, *, made_up: bool) -> Tensor:
-        """Return log-probabilities `[M, V]` at temperature 1 of a cell's clips, in frames of the teacher's stride."""
+    @property
+    def num_features(self) -> int | None:
+        """Return the size of the features that it tells; None if it tells none."""
+
+    def answer(self, cell: MicroBatch, *, made_up: bool) -> Answer:
+        """Return what the teacher says of a cell's clips."""
 
 
 class Undistilled:
     """What a run without a teacher does: nothing."""
 
-    active = False
-    """Whether there is a teacher."""
+    ctc_weight = 1.0
+    """Weight of CTC."""
+    term_names: tuple[str, ...] = ()
+    """Names of the terms that the teacher adds."""
+    compares_features = False
+    """Whether the student's features are compared with a teacher's."""
+    num_features: int | None = None
+    """Size of the teacher's."""
 
     def __init__(self, target_ratio: float | None = None) -> None:
         self._ratio = target_ratio
 
-    def scale(self, share: StepShare) -> float:
-        """Return nothing that is used."""
-        return 0.0
-
-    def targets(self, cell: MicroBatch, *, made_up: bool = False) -> Tensor | None:
+    def targets(self, cell: MicroBatch, *, made_up: bool = False) -> Targets | None:
         """Return no targets."""
         return None
 
-    def labels(self, cell: MicroBatch, targets: Tensor | None) -> Labels:
+    def labels(self, cell: MicroBatch, targets: Targets | None) -> Labels:
         """Return the annotated glosses."""
         return cell.labels
 
-    def blend(self, ctc_sum: Tensor, logits: Tensor, targets: Tensor | None, scale: float) -> Tensor:
-        """Return CTC alone."""
-        return ctc_sum
-
-    def part(self, loss: float, ctc_loss: float) -> float:
-        """Return what the teacher adds to a loss."""
-        return loss - ctc_loss
+    def terms(self, outputs: Outputs, targets: Targets | None, per_frame: float) -> list[Term]:
+        """Return nothing to add."""
+        return []
 
     def record(self) -> None:
         """Write nothing."""
@@ -79,33 +119,42 @@ class Undistilled:
 class Distillation:
     """The teacher's part in the loss of a step."""
 
-    active = True
-
     def __init__(self, source: Source, recipe: DistillationRecipe, *, total_stride: int, run_dir: Path) -> None:
         """Take the teacher of a student of `total_stride`."""
         self.source, self.alpha = source, float(recipe.distill_alpha)
         self._temperature, self._blank_weight = float(recipe.distill_temperature), float(recipe.distill_blank_weight)
         self._decodes = recipe.distill_labels == "teacher"
         self._stride, self._ratio, self._run_dir = total_stride, recipe.target_ratio, run_dir
+        self._feature_weight = float(recipe.feature_weight)
+        self.ctc_weight, self.compares_features = 1.0 - self.alpha, self._feature_weight > 0
+        self.term_names = (DISTILLATION_LOSS, *([FEATURE_LOSS] if self.compares_features else []))
 
-    def scale(self, share: StepShare) -> float:
-        """Return what a divergence is multiplied by so that the step's one denominator makes it a mean over frames."""
-        return share.denominator / int((-(-share.batch.num_frames // self._stride)).sum())
+    @property
+    def num_features(self) -> int | None:
+        """Return the size of the teacher's features, where the student's are compared with them."""
+        return self.source.num_features if self.compares_features else None
 
     @torch.no_grad()
-    def targets(self, cell: MicroBatch, *, made_up: bool = False) -> Tensor | None:
-        """Return the teacher's softened log-probabilities on the student's frames, `[M, V]`; None without clips.
+    def targets(self, cell: MicroBatch, *, made_up: bool = False) -> Targets | None:
+        """Return what the teacher says of a cell on the student's frames; None without clips.
 
         `made_up`: the cell is one for measuring, whose clips nobody knows.
         """
         if not cell.clips:
             return None
-        softened = soften(self.source.log_probs(cell, made_up=made_up), self._temperature)
-        return align_frames(
-            softened, cell.layout.input_lengths, stride=self.source.total_stride, to_stride=self._stride
+        said, lengths = self.source.answer(cell, made_up=made_up), cell.layout.input_lengths
+        stride, to_stride = self.source.total_stride, self._stride
+        features = said.features
+        return Targets(
+            log_probs=align_frames(
+                soften(said.log_probs, self._temperature), lengths, stride=stride, to_stride=to_stride
+            ),
+            features=None
+            if features is None
+            else align_features(features, lengths, stride=stride, to_stride=to_stride),
         )
 
-    def labels(self, cell: MicroBatch, targets: Tensor | None) -> Labels:
+    def labels(self, cell: MicroBatch, targets: Targets | None) -> Labels:
         """Return the glosses that CTC learns; each clip keeps the weight that its annotation gives it.
 
         What the teacher decodes on the student's frames fits into them always. A clip in which it finds no gloss keeps
@@ -113,7 +162,7 @@ class Distillation:
         """
         if targets is None or not self._decodes:
             return cell.labels
-        paths = targets.argmax(dim=-1).cpu().split(list(cell.layout.output_lengths))
+        paths = targets.log_probs.argmax(dim=-1).cpu().split(list(cell.layout.output_lengths))
         annotated = cell.labels.classes.cpu().split(cell.labels.lengths.tolist())
         decoded = [torch.tensor([one.label for one in best_path(path.numpy())], dtype=torch.int64) for path in paths]
         chosen = [found if len(found) else given for found, given in zip(decoded, annotated, strict=True)]
@@ -123,16 +172,27 @@ class Distillation:
             lengths=torch.tensor([len(part) for part in chosen], dtype=torch.int64),
         )
 
-    def blend(self, ctc_sum: Tensor, logits: Tensor, targets: Tensor | None, scale: float) -> Tensor:
-        """Return the loss sum of a cell, whose denominator is that of CTC."""
-        if targets is None:
-            return (1.0 - self.alpha) * ctc_sum
-        divergence = divergence_sum(logits, targets, temperature=self._temperature, blank_weight=self._blank_weight)
-        return (1.0 - self.alpha) * ctc_sum + (self.alpha * self._temperature**2 * scale) * divergence
-
-    def part(self, loss: float, ctc_loss: float) -> float:
-        """Return the teacher's part of a step's loss, T^2 x KL per frame, before it is weighted."""
-        return (loss - (1.0 - self.alpha) * ctc_loss) / self.alpha if self.alpha else 0.0
+    def terms(self, outputs: Outputs, targets: Targets | None, per_frame: float) -> list[Term]:
+        """Return what the teacher adds to the loss sum of a cell; `per_frame` brings sums to CTC's denominator."""
+        found = []
+        if targets is not None:
+            divergence = divergence_sum(
+                outputs.logits, targets.log_probs, temperature=self._temperature, blank_weight=self._blank_weight
+            )
+            found.append((DISTILLATION_LOSS, self.alpha, (self._temperature**2 * per_frame) * divergence))
+        if self.compares_features:
+            ours = outputs.features
+            assert ours is not None, "the model was built without what reveals its features"
+            if targets is None:
+                # Without a clip there is nothing to compare; yet all ranks send the gradient of the projection.
+                distance = 0.0 * ours.float().sum()
+            else:
+                assert targets.features is not None, "a teacher that tells no features"
+                distance = per_frame * distance_sum(
+                    ours, targets.features, targets.log_probs, blank_weight=self._blank_weight
+                )
+            found.append((FEATURE_LOSS, self._feature_weight, distance))
+        return found
 
     def verdict(self, student_wer: float | None) -> str:
         """Say whether the student came as close to its teacher as the recipe asks."""

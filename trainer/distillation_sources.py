@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from trainer.checkpoint.content import Checkpoint, read_checkpoint
 from trainer.checkpoint.store import find_checkpoint
@@ -19,17 +18,16 @@ from trainer.data.loader import EvaluationLoader
 from trainer.data.normalization import Normalization
 from trainer.data.prepare import TrainingCorpus
 from trainer.data.table import Split
-from trainer.data.vocabulary import Vocabulary
-from trainer.distillation import RECORD, Distillation, Source, Undistilled
+from trainer.distillation import RECORD, Answer, Distillation, Undistilled, ask
+from trainer.distillation_checks import alike, check_input, check_strides, check_vocabulary
 from trainer.engine import Engine
 from trainer.engine.replicated import ReplicatedEngine
 from trainer.errors import InputError, TrainingFailedError, name_some
-from trainer.layout import lay_out, slot_frames
+from trainer.layout import slot_frames
 from trainer.models.build import build_model, load_weights
-from trainer.objectives.ctc import float32_log_probs
 from trainer.observe.progress import Progress
 from trainer.passes import BrokenPassError
-from trainer.recipe import VIDEO_MODELS, Recipe
+from trainer.recipe import Recipe
 from trainer.softtargets.store import SoftTargets, checkpoint_fingerprint, stand_in
 from trainer.validation import evaluate
 
@@ -48,6 +46,7 @@ class OnlineTeacher:
         self.wer: float | None = None
         self.protocol: str = recipe.run.protocol
         self._student_stride = recipe.model.total_stride
+        self._reveals_features = recipe.distillation.feature_weight > 0
         run = dataclasses.replace(
             recipe.run,
             mixed_precision=recipe.distillation.teacher_precision,
@@ -57,24 +56,27 @@ class OnlineTeacher:
         # An engine of its own, without an optimizer: no backend wraps, shards or saves the teacher.
         self.engine = ReplicatedEngine(engine.processes, run)
 
-    def log_probs(self, cell: MicroBatch, *, made_up: bool = False) -> Tensor:
-        """Return log-probabilities of the clips as the student sees them, `[M, V]`."""
-        layout = dataclasses.replace(cell.layout, row_seeds=None)
-        if self.total_stride != self._student_stride:
-            layout = lay_out(np.array(layout.input_lengths), self.total_stride).to(cell.features.device)
-        return float32_log_probs(self.engine.forward(cell.features, layout))
+    @property
+    def num_features(self) -> int | None:
+        """Return the size of what the classifier sees, where the student's is compared with it."""
+        model = self.checkpoint.recipe.model
+        return 2 * int(model.rnn_size or 0) if self._reveals_features else None
+
+    def answer(self, cell: MicroBatch, *, made_up: bool = False) -> Answer:
+        """Return what the teacher says of the clips as the student sees them."""
+        return ask(self.engine.forward, cell, stride=self.total_stride, student_stride=self._student_stride)
 
     def check(self, corpus: TrainingCorpus, recipe: Recipe, engine: Engine, progress: Progress) -> None:
         """Refuse another vocabulary, dimension or normalisation; load the model; measure its dev WER."""
         found = self.normalization
-        _check_vocabulary(self.checkpoint.vocabulary, corpus.vocabulary, self.where)
-        _check_input(self.checkpoint.recipe, recipe, self.where)
+        check_vocabulary(self.checkpoint.vocabulary, corpus.vocabulary, self.where)
+        check_input(self.checkpoint.recipe, recipe, self.where)
         if found.feature_dim != corpus.normalization.feature_dim:
             raise InputError(
                 f"{self.where}: the teacher takes features of D = {found.feature_dim}, the corpus has "
                 f"{corpus.normalization.feature_dim}; use a teacher of these features, or its soft targets"
             )
-        if not _alike(found, corpus.normalization):
+        if not alike(found, corpus.normalization):
             raise InputError(
                 f"{self.where}: the teacher was trained with normalization {found.kind}, the student has "
                 f"{corpus.normalization.kind} of another corpus or kind; they see the same values: use --normalization "
@@ -88,6 +90,7 @@ class OnlineTeacher:
                 num_classes=len(self.checkpoint.vocabulary),
             )
         load_weights(model, self.checkpoint.model, where=self.where)
+        model.head.add_auxiliary(reveals_features=self._reveals_features)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.engine.prepare(model, None)
@@ -108,6 +111,8 @@ class OnlineTeacher:
 class CachedTeacher:
     """A teacher known by the soft targets that it left of the training clips."""
 
+    num_features: int | None = None
+
     def __init__(self, folder: Path, device: torch.device) -> None:
         """Open the soft targets."""
         self.where = str(folder)
@@ -119,17 +124,18 @@ class CachedTeacher:
         self._device = device
         self._train: Split | None = None
 
-    def log_probs(self, cell: MicroBatch, *, made_up: bool = False) -> Tensor:
-        """Return the stored log-probabilities of a cell's clips, `[M, V]`."""
+    def answer(self, cell: MicroBatch, *, made_up: bool = False) -> Answer:
+        """Return the stored log-probabilities of a cell's clips."""
         if made_up:
             frames = sum(-(-length // self.total_stride) for length in cell.layout.input_lengths)
-            return stand_in(frames, self.stored.job.num_classes, self._device)
+            return Answer(log_probs=stand_in(frames, self.stored.job.num_classes, self._device))
         assert self._train is not None, "soft targets that nobody checked"
-        return torch.cat([self.stored.log_probs(self._train.id(clip)) for clip in cell.clips]).to(self._device)
+        stored = torch.cat([self.stored.log_probs(self._train.id(clip)) for clip in cell.clips])
+        return Answer(log_probs=stored.to(self._device))
 
     def check(self, corpus: TrainingCorpus, recipe: Recipe, engine: Engine, progress: Progress) -> None:
         """Refuse targets of other clips or glosses, and damaged ones."""
-        _check_vocabulary(self.stored.vocabulary, corpus.vocabulary, self.where)
+        check_vocabulary(self.stored.vocabulary, corpus.vocabulary, self.where)
         engine.together(lambda: self.stored.check(engine.rank, engine.world_size))
         train = corpus.train
         missing, others = [], []
@@ -179,7 +185,7 @@ def open_source(recipe: Recipe, engine: Engine, *, went_on: Path | None = None) 
         elif distillation.soft_targets:
             found = CachedTeacher(Path(distillation.soft_targets), engine.device)
         if found is not None:
-            _check_strides(found, recipe.model.total_stride)
+            check_strides(found, recipe.model.total_stride)
         return found
 
     source = engine.together(open_it)
@@ -216,7 +222,7 @@ def adopt_normalization(
     if ours.kind != theirs.kind or ours.feature_dim != theirs.feature_dim:
         # Refused where everything about the teacher is checked.
         return corpus
-    if not _alike(ours, theirs):
+    if not alike(ours, theirs):
         progress.say(f"the student takes its normalization from {source.where}, whose corpus had other statistics")
     return dataclasses.replace(corpus, normalization=theirs)
 
@@ -251,11 +257,17 @@ def evaluation_loader(
     )
 
 
-def measure_wer(engine: Engine, loader: EvaluationLoader, protocol: Any) -> float | None:
-    """Return the WER of an engine's model on a split, in percent, None without reference words; all ranks must ask."""
+def measure_wer(
+    engine: Engine, loader: EvaluationLoader, protocol: Any, stop_requested: Callable[[], bool] = lambda: False
+) -> float | None:
+    """Return the WER of an engine's model on a split, in percent; all ranks must ask.
+
+    None without reference words, and where a request to stop came in between.
+    """
     longest = int(slot_frames(loader.num_frames, loader.total_stride).max())
     try:
-        wer = evaluate(engine, loader, budget=_CLIPS_PER_CELL * longest, protocol=protocol).counts.wer
+        budget = _CLIPS_PER_CELL * longest
+        result = evaluate(engine, loader, budget=budget, protocol=protocol, stop_requested=stop_requested)
     except BrokenPassError as error:
         failure = TrainingFailedError(
             f"the teacher ran out of memory on {error}; extract its soft targets where there is more (signscale "
@@ -263,54 +275,8 @@ def measure_wer(engine: Engine, loader: EvaluationLoader, protocol: Any) -> floa
         )
         failure.local = True
         raise failure from None
-    return wer if math.isfinite(wer) else None
-
-
-def _alike(one: Normalization, other: Normalization) -> bool:
-    return one.kind == other.kind and all(
-        np.allclose(getattr(one, name), getattr(other, name), rtol=1e-5, atol=1e-7) for name in ("mean", "scale")
-    )
+    return result.counts.wer if result is not None and math.isfinite(result.counts.wer) else None
 
 
 def _percent(wer: float | None) -> str:
     return "unknown" if wer is None else f"{wer:.2f} %"
-
-
-def _check_vocabulary(theirs: Vocabulary, ours: Vocabulary, where: str) -> None:
-    if theirs != ours:
-        missing, excess = sorted(theirs.unknown(ours.glosses)), sorted(ours.unknown(theirs.glosses))
-        parts = [
-            f"{len(names)} glosses {what} ({name_some(names, 3)})"
-            for names, what in ((missing, "it does not know"), (excess, "the corpus does not have"))
-            if names
-        ]
-        raise InputError(
-            f"{where}: the teacher's vocabulary is not the student's: {'; '.join(parts) or 'another order'}; class for "
-            "class they must mean the same: use a teacher of this corpus"
-        )
-
-
-def _check_input(theirs: Recipe, ours: Recipe, where: str) -> None:
-    """Refuse a teacher of video for a student of features, the other way round, and frames of another size."""
-    kinds = ["video" if one.model.model in VIDEO_MODELS else "features" for one in (theirs, ours)]
-    if kinds[0] != kinds[1]:
-        raise InputError(
-            f"{where}: the teacher takes {kinds[0]}, the student {kinds[1]}, and they cannot see the same clip; "
-            "extract its soft targets from its own corpus of the same clips, and use --soft_targets"
-        )
-    sizes = [(one.corpus.frame_size, one.corpus.frame_crop) for one in (theirs, ours)]
-    if kinds[0] == "video" and sizes[0] != sizes[1]:
-        raise InputError(
-            f"{where}: the teacher was trained on {sizes[0][1]} of {sizes[0][0]} pixels, the student sees "
-            f"{sizes[1][1]} of {sizes[1][0]}; use --frame_size {sizes[0][0]} "
-            f"--crop_size {sizes[0][1]}, or the teacher's soft targets"
-        )
-
-
-def _check_strides(source: Source, stride: int) -> None:
-    small, large = sorted((source.total_stride, stride))
-    if large % small:
-        raise InputError(
-            f"total_stride: the student has {stride}, the teacher {source.total_stride}; one must be a multiple of the "
-            "other, so that their frames can be laid over each other"
-        )

@@ -16,8 +16,10 @@ from trainer.data.opening import OpenCorpus
 from trainer.data.table import Split
 from trainer.engine import Processes
 from trainer.engine.replicated import ReplicatedEngine
-from trainer.errors import InputError, exit_on_input_error, name_some
+from trainer.errors import InputError, name_some
+from trainer.exits import Outcome, exit_on_input_error
 from trainer.files import write_json
+from trainer.job.rank import Job, NoJob, find_job
 from trainer.layout import slot_frames
 from trainer.models.build import build_model, load_weights
 from trainer.observe.progress import Progress
@@ -27,15 +29,17 @@ from trainer.scoring.ctm_stm import CtmRow, StmRow, write_ctm, write_stm
 from trainer.scoring.decoder import Decoder, add_decoder_options, check_decoder_options, open_decoder
 from trainer.scoring.decoding import Emission
 from trainer.scoring.protocols import PROTOCOLS
+from trainer.signals import StopRequest
 from trainer.validation import Evaluation, evaluate
 
 _CLIPS_PER_CELL = 8
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> Outcome:
     """Parse, build, evaluate, report; return the exit code: 1 where `--max_wer` names a WER that was exceeded."""
-    options = _parse(argv)
+    options = parse_options(argv)
     with ExitStack() as stack:
+        job = find_job()
         folder = find_checkpoint(options.checkpoint)
         checkpoint = read_checkpoint(folder, with_optimizer=False)
         recipe = checkpoint.recipe
@@ -69,15 +73,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         protocol = options.protocol or recipe.run.protocol
         longest = int(slot_frames(loader.num_frames, loader.total_stride).max())
         budget = options.max_frames_per_microbatch or _CLIPS_PER_CELL * longest
-        result = evaluate(engine, loader, budget=budget, protocol=protocol, beam=decoder.beam)
+        stop = StopRequest(job, leads=engine.is_main)
+        stop.install()
+        stack.callback(stop.uninstall)
+        result = evaluate(
+            engine,
+            loader,
+            budget=budget,
+            protocol=protocol,
+            beam=decoder.beam,
+            stop_requested=lambda: stop.requested,
+        )
+        if result is None:
+            said = f"stopped {stop.reason}; {options.split} was not evaluated to its end, nothing was written"
+            progress.say(said)
+            return Outcome(1, said, word="RESUME")
         emissions = {index: found for part in engine.gather_objects(result.emissions) for index, found in part.items()}
         report = _report(options, folder, checkpoint, clips, result, protocol, decoder)
-        engine.on_main(lambda: _write(output, report, options, clips, emissions, checkpoint))
+        engine.on_main(lambda: _write(output, report, options, clips, emissions, checkpoint, job))
         progress.say(_table(report, decoder, output / f"{options.split}.json"))
-        return 1 if options.max_wer is not None and not result.counts.wer <= options.max_wer else 0
+        exceeded = options.max_wer is not None and not result.counts.wer <= options.max_wer
+        wer = f"{result.counts.wer:.2f} %" if report["wer"] is not None else "undefined"
+        said = f"WER of {options.split} {wer}" + f", not at most {options.max_wer} %" * exceeded
+        return Outcome(int(exceeded), said, step=checkpoint.state.step)
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse and check the command line. Raises `InputError` with every mistake."""
     parser = OptionParser(prog="signscale evaluate", description=__doc__)
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="run directory (its best checkpoint), or checkpoint"
@@ -193,8 +215,10 @@ def _write(
     clips: Split,
     emissions: dict[int, list[Emission]],
     checkpoint: Checkpoint,
+    job: Job | NoJob,
 ) -> None:
     """Write the hypotheses as they were decoded (CTM), the references (STM), and the report last."""
+    job.check()
     seconds = checkpoint.recipe.model.total_stride / options.fps
     write_ctm(
         output / f"{options.split}.ctm",
@@ -220,7 +244,7 @@ def _write(
             for index in range(len(clips))
         ],
     )
-    write_json(output / f"{options.split}.json", report)
+    write_json(output / f"{options.split}.json", report, fence=job.check)
 
 
 def _table(report: dict[str, Any], decoder: Decoder, path: Path) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -23,12 +24,15 @@ from trainer.data.table import Split
 from trainer.distillation_sources import evaluation_loader, measure_wer
 from trainer.engine import Processes
 from trainer.engine.replicated import ReplicatedEngine
-from trainer.errors import InputError, exit_on_input_error
+from trainer.errors import InputError
+from trainer.exits import Outcome, exit_on_input_error
+from trainer.job.rank import find_job
 from trainer.models.build import build_model, load_weights
 from trainer.objectives.ctc import float32_log_probs
 from trainer.observe.progress import Progress
 from trainer.options import OptionParser
 from trainer.recipe import VIDEO_MODELS
+from trainer.signals import StopRequest
 from trainer.softtargets.compression import Compression
 from trainer.softtargets.store import (
     Extraction,
@@ -45,10 +49,11 @@ _LINES = 10
 """Lines of progress."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> Outcome:
     """Parse, build, extract, report; return the exit code."""
-    options = _parse(argv)
+    options = parse_options(argv)
     with ExitStack() as stack:
+        owner = find_job()
         folder = find_checkpoint(options.checkpoint)
         checkpoint = read_checkpoint(folder, with_optimizer=False)
         run = dataclasses.replace(
@@ -67,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         clips = engine.together(lambda: corpus.split(options.split, expected_dim=checkpoint.normalization.feature_dim))
         job = engine.on_main(lambda: _describe(options, folder, checkpoint, clips))
         output = options.output or _default_output(folder, options.split)
-        shards = ShardFolder(output, job)
+        shards = ShardFolder(output, job, owner)
         count = -(-len(clips) // job.shard_clips)
         if engine.on_main(shards.claim):
             progress.say(f"{output}: is complete already")
@@ -83,22 +88,32 @@ def main(argv: Sequence[str] | None = None) -> int:
             todo = engine.on_main(lambda: [number for number in range(count) if shards.find(number) is None])
             if len(todo) < count:
                 progress.say(f"{output}: {count - len(todo)} of {count} shards are there already; going on")
+            # Ranks go their own ways: each looks for itself.
+            stop = StopRequest(owner)
+            stop.install()
+            stack.callback(stop.uninstall)
             try:
-                _extract(engine, shards, checkpoint, clips, todo, options, progress)
+                left = _extract(engine, shards, checkpoint, clips, todo, options, progress, stop)
             except InputError as error:
                 # This rank speaks: to be heard together it would have to wait until all others have done their share.
                 error.local = True
                 raise
-            wer = _teacher_wer(engine, corpus, checkpoint, options, progress)
+            left = int(engine.all_reduce(torch.tensor([left])).item())
+            wer = None if left else _teacher_wer(engine, corpus, checkpoint, options, progress, stop)
+            if engine.all_reduce(torch.tensor([int(left > 0 or stop.requested)])).item():
+                said = f"stopped {stop.reason} with {left} of {count} shards to go; the same command goes on ({output})"
+                progress.say(said)
+                return Outcome(1, said, step=count - left, word="RESUME")
             facts = {"checkpoint": str(folder), "teacher_wer": wer, "protocol": checkpoint.recipe.run.protocol}
             engine.on_main(lambda: shards.publish(count, checkpoint.vocabulary, facts))
         written = engine.on_main(lambda: SoftTargets(output))
         engine.together(lambda: written.check(engine.rank, engine.world_size))
         progress.say(_table(written))
-        return 0
+        return Outcome(0, f"soft targets of {len(clips)} clips are complete ({output})")
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse and check the command line. Raises `InputError` with every mistake."""
     parser = OptionParser(prog="signscale extract", description=__doc__)
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="the teacher: run directory (its best checkpoint), or checkpoint"
@@ -176,8 +191,9 @@ def _extract(
     todo: list[int],
     options: argparse.Namespace,
     progress: Progress,
-) -> None:
-    """Write this rank's share of the shards that are missing."""
+    stop: StopRequest,
+) -> int:
+    """Write this rank's share of the shards that are missing; return how many a request to stop has left."""
     job = shards.job
     measured = _compressions(job)
     mine = todo[engine.rank :: engine.world_size]
@@ -191,9 +207,13 @@ def _extract(
         stored: dict[int, dict[str, torch.Tensor]] = {}
         errors = {one.name: [0.0, 0.0] for one in measured}
         with torch.no_grad(), closing(loader.cells(rank=0, world_size=1, budget=_ONE_CLIP)) as cells:
+            started = time.perf_counter()
             for cell in cells:
+                if stop.requested:
+                    # The shard at hand is begun anew by whoever goes on.
+                    return len(mine) - done
                 [index] = cell.clips
-                log_probs = float32_log_probs(engine.forward(cell.features, cell.layout)).cpu()
+                log_probs = float32_log_probs(engine.forward(cell.features, cell.layout).logits).cpu()
                 if not bool(log_probs.isfinite().all()):
                     raise InputError(
                         f"clip {part.id(index)}: the teacher's outputs are not finite; extract in another "
@@ -203,6 +223,8 @@ def _extract(
                 for one in measured:
                     for place, temperature in enumerate((1.0, job.temperature)):
                         errors[one.name][place] += one.error(log_probs, temperature)
+                started, before = time.perf_counter(), started
+                stop.time.note_step(started - before)
         order = range(len(part))
         shards.write(
             number,
@@ -213,6 +235,8 @@ def _extract(
             [stored[i] for i in order],
             {name: (one, other) for name, (one, other) in errors.items()},
         )
+        stop.time.note_save(time.perf_counter() - started)
+    return 0
 
 
 def _compressions(job: Extraction) -> list[Compression]:
@@ -229,6 +253,7 @@ def _teacher_wer(
     checkpoint: Checkpoint,
     options: argparse.Namespace,
     progress: Progress,
+    stop: StopRequest,
 ) -> float | None:
     """Measure the teacher's dev WER, which a student is compared with; None if the corpus has no dev split."""
     try:
@@ -237,7 +262,7 @@ def _teacher_wer(
         progress.say(f"warning: the teacher's dev WER stays unknown: {error.problems[0]}")
         return None
     loader = evaluation_loader(checkpoint, dev, num_workers=options.num_workers, device=engine.device)
-    return measure_wer(engine, loader, checkpoint.recipe.run.protocol)
+    return measure_wer(engine, loader, checkpoint.recipe.run.protocol, lambda: stop.requested)
 
 
 def _table(written: SoftTargets) -> str:

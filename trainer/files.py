@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace the file by `text`, atomically and durably."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write_text(path: Path, text: str, *, fence: Callable[[], None] = lambda: None) -> None:
+    """Replace the file by `text`, atomically and durably.
+
+    `fence` is asked right before the rename; what it raises leaves the old content.
+    """
+    # Processes of two machines may share a number, and a folder.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        fence()
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Replace the file by `content` as JSON, atomically and durably."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+def write_json(path: Path, content: Any, *, fence: Callable[[], None] = lambda: None) -> None:
+    """Replace the file by `content` as JSON, atomically and durably; `fence` as for `write_text`."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n", fence=fence)
 
 
 def sync_file(path: Path) -> None:

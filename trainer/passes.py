@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -24,10 +24,9 @@ from torch import Tensor
 
 from trainer.data.batch import MicroBatch
 from trainer.data.loader import StepShare
-from trainer.distillation import Distillation, Undistilled
 from trainer.engine import Engine
+from trainer.loss import StepLoss
 from trainer.memory.exhaustion import free_memory, is_exhaustion
-from trainer.objectives.ctc import ctc_objective
 
 Cell = npt.NDArray[np.int64]
 
@@ -46,8 +45,7 @@ class Passes:
     share: StepShare
     reload: Callable[[Cell], MicroBatch]
     """Reads a cell again, given its places in the global batch; valid until the next call."""
-    label_smoothing: float
-    distillation: Distillation | Undistilled = field(default_factory=Undistilled)
+    loss: StepLoss
 
     def __post_init__(self) -> None:
         self.waited = 0.0
@@ -61,8 +59,7 @@ class Passes:
         """Place in the global batch of a clip that does not fit even alone."""
         self._loader_ended = False
         self._losses: list[Tensor] = []
-        self._ctc_sums: list[Tensor] = []
-        self._scale = self.distillation.scale(self.share)
+        self._terms: list[dict[str, Tensor]] = []
         self._clips: list[tuple[int, ...]] = []
 
     def run(self, cells: Iterator[MicroBatch]) -> None:
@@ -84,9 +81,10 @@ class Passes:
         ]
         return float(values.sum()), tuple(suspects)
 
-    def ctc_sum(self) -> float:
-        """Return CTC's part of the losses, before it is weighted against a teacher's."""
-        return float(torch.stack(self._ctc_sums).double().sum()) if self._ctc_sums else 0.0
+    def terms(self) -> list[float]:
+        """Return the sum of each of the loss's named terms, before it is weighted, in the order of their names."""
+        parts = [[terms[name] for terms in self._terms if name in terms] for name in self.loss.names]
+        return [float(torch.stack(part).double().sum()) if part else 0.0 for part in parts]
 
     def _run_freely(self, todo: deque[tuple[Cell, bool]], cells: Iterator[MicroBatch]) -> None:
         done: list[Cell] = []
@@ -109,7 +107,7 @@ class Passes:
             if broke == _BACKWARD:
                 self.engine.forget_passes()
                 self._losses.clear()
-                self._ctc_sums.clear()
+                self._terms.clear()
                 self._clips.clear()
                 halves, done = [*done, *halves], []
             todo.extendleft((half, False) for half in reversed(halves))
@@ -143,18 +141,11 @@ class Passes:
         stage = _FORWARD
         try:
             # First, so that the teacher's activations are gone when the student's come.
-            targets = self.distillation.targets(cell)
-            logits = self.engine.forward(cell.features, cell.layout)
-            ctc_sum = ctc_objective(
-                logits,
-                cell.layout.output_lengths,
-                self.distillation.labels(cell, targets),
-                cell.partner_labels,
-                self.label_smoothing,
-            )
-            loss_sum = self.distillation.blend(ctc_sum, logits, targets, self._scale)
+            targets = self.loss.distillation.targets(cell)
+            outputs = self.engine.forward(cell.features, cell.layout)
+            loss = self.loss(outputs, cell, targets, per_frame=self.share.per_frame)
             stage = _BACKWARD
-            self.engine.backward(loss_sum, self.share.denominator, is_last=is_last)
+            self.engine.backward(loss.total, self.share.denominator, is_last=is_last)
         except Exception as error:
             if not is_exhaustion(error):
                 raise
@@ -162,8 +153,8 @@ class Passes:
             self.message = str(error).partition("\n")[0][:200]
             return stage
         # Left on the device: asking for the number would wait for the pass to end, and the next one would begin late.
-        self._losses.append(loss_sum.detach())
-        self._ctc_sums.append(ctc_sum.detach())
+        self._losses.append(loss.total.detach())
+        self._terms.append(loss.terms)
         self._clips.append(cell.clips)
         return None
 

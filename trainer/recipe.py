@@ -56,6 +56,8 @@ class CorpusRecipe:
     """Video: pixels a side that the model sees of them, the middle in evaluation (0: seven eighths, 224 of 256)."""
     overfit_clips: NonNegativeInt = 0
     """Train on this many training clips alone and evaluate on the same ones (0: off)."""
+    limit_clips: NonNegativeInt = 0
+    """Take the first clips of each split alone, this many at most, to try a recipe out (0: all)."""
     augment: bool = False
     """Augment training clips, seeded by (seed, epoch, clip id)."""
     augment_rescale: ClosedUnitInterval = 0.2
@@ -145,6 +147,17 @@ class ObjectiveRecipe:
     """Weight of the KL term towards the uniform distribution on valid frames."""
     mixup_alpha: NonNegativeFloat = 0.0
     """Beta parameter of temporal mixup between two clips of a global batch (0: off)."""
+    visual_ctc_weight: NonNegativeFloat = 0.0
+    """Weight of CTC on an auxiliary classifier of the visual features, before the BiLSTM (0: off; VAC: 1)."""
+    alignment_weight: NonNegativeFloat = 0.0
+    """Weight of T^2 x KL(model || that classifier) per frame, which aligns it with the model (0: off; VAC: 25)."""
+    alignment_temperature: PositiveFloat = 8.0
+    """Temperature T of both distributions in that divergence."""
+
+    @property
+    def classifies_visually(self) -> bool:
+        """Tell whether training needs the auxiliary classifier."""
+        return self.visual_ctc_weight > 0 or self.alignment_weight > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +176,8 @@ class DistillationRecipe:
     """Weight of the frames on which the teacher's likeliest class is the blank (1: kept, 0: excluded)."""
     distill_labels: Literal["annotations", "teacher"] = "annotations"
     """Glosses that CTC learns: those annotated, or as the teacher decodes the clip (sequence-level distillation)."""
+    feature_weight: NonNegativeFloat = 0.0
+    """Weight of 1 - cos of the features that the classifiers of teacher and student see, per frame (online; 0: off)."""
     teacher_precision: Literal["no", "fp16", "bf16"] = "no"
     """Precision of the teacher's forward pass, whatever the student's is."""
     target_ratio: PositiveFloat | None = None
@@ -217,6 +232,8 @@ class RunRecipe:
     """Compile the model's blocks (torch.compile, one graph each for cells of any size); needs a C++ compiler."""
     deterministic: bool = False
     """Bit-identical repetition on a GPU too, at some cost (on the CPU it is always so)."""
+    detect_anomaly: bool = False
+    """Stop at the first operation whose gradient is not a number, and name it (several times slower; for debugging)."""
     log_every: PositiveInt = 50
     """Steps between two lines of metrics."""
     evaluate_every: NonNegativeInt = 0
@@ -310,6 +327,7 @@ FREE_ON_RESUME = frozenset(
         "max_frames_per_microbatch",
         "activation_checkpointing",
         "compile",
+        "detect_anomaly",
         "stop_after_steps",
         "log_every",
         "save_every",
@@ -378,6 +396,13 @@ def _distillation_problems(recipe: Recipe) -> list[str]:
         problems.append(
             "teacher and soft_targets: a student learns from one of them; drop --soft_targets (online), or --teacher "
             "(cached)"
+        )
+    if distillation.feature_weight and not distillation.teacher:
+        problems.append(
+            "feature_weight: stored soft targets hold no features; let the teacher be asked in every step (--teacher "
+            "RUN instead of --soft_targets), or set feature_weight to 0"
+            if distillation.soft_targets
+            else "feature_weight: compares with a teacher's features, and none is named; add --teacher RUN, or drop it"
         )
     if distillation.distill_labels == "teacher":
         if not (distillation.teacher or distillation.soft_targets):

@@ -40,6 +40,14 @@ def claim(recipe: Recipe) -> bool:
     return True
 
 
+def make_folder(folder: Path) -> None:
+    """Make the run directory. Raises `InputError` if it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another --output_dir") from error
+
+
 def check_same_recipe(stored: Recipe, asked: Recipe, where: str) -> None:
     """Raise `InputError` if going on would change what defines the run."""
     before, now = stored.flat(), asked.flat()
@@ -59,8 +67,8 @@ def check_same_recipe(stored: Recipe, asked: Recipe, where: str) -> None:
 def record(recipe: Recipe, *, world_size: int, device: str) -> None:
     """Write the resolved recipe, and add this attempt to the record of environments."""
     folder = Path(recipe.run.output_dir)
+    make_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         if not (folder / RECIPE).exists():
             write_text(folder / RECIPE, dump_recipe(recipe))
         attempts: list[dict[str, Any]] = []

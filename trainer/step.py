@@ -11,8 +11,8 @@ import torch
 
 from trainer.data.batch import MicroBatch
 from trainer.data.loader import StepShare
-from trainer.distillation import Distillation, Undistilled
 from trainer.engine import Engine, Update
+from trainer.loss import StepLoss
 from trainer.memory.exhaustion import is_exhaustion
 from trainer.passes import Cell, Passes
 
@@ -26,8 +26,8 @@ class StepOutcome:
     """What all ranks know after a step; seconds are sums over ranks."""
 
     loss: float
-    ctc_loss: float
-    """CTC's part of the loss, before it is weighted against a teacher's; the loss itself where there is none."""
+    terms: dict[str, float]
+    """The loss's terms by name, before they are weighted; empty where CTC is the loss."""
     grad_norm: float
     applied: bool
     overflowed: bool
@@ -57,9 +57,8 @@ def train_step(
     reload: Callable[[Cell], MicroBatch],
     learning_rate: float,
     gradient_clip: float,
-    label_smoothing: float,
+    loss: StepLoss,
     stop_requested: bool,
-    distillation: Distillation | Undistilled | None = None,
 ) -> StepOutcome:
     """Run one optimizer step of the global batch.
 
@@ -67,7 +66,7 @@ def train_step(
     Raises `BrokenPassError` or `BrokenUpdateError`, on this rank alone, where only a checkpoint is sound any more.
     """
     started = time.perf_counter()
-    passes = Passes(engine, share, reload, label_smoothing, distillation or Undistilled())
+    passes = Passes(engine, share, reload, loss)
     passes.run(cells)
     total, suspects = passes.losses()
     finite = math.isfinite(total)
@@ -83,12 +82,12 @@ def train_step(
                 float(passes.shortages),
                 float(passes.incomplete),
                 float(passes.misfit is not None),
-                passes.ctc_sum() if finite else 0.0,
+                *(passes.terms() if finite else [0.0] * len(loss.names)),
             ],
             dtype=torch.float64,
         )
     )
-    loss_sum, not_finite, stops, wait_seconds, seconds, shortages, incomplete, misfits, ctc_sum = agreed.tolist()
+    loss_sum, not_finite, stops, wait_seconds, seconds, shortages, incomplete, misfits, *terms = agreed.tolist()
     if not_finite or incomplete or misfits:
         engine.discard()
         update = Update(grad_norm=math.nan, applied=False)
@@ -96,7 +95,7 @@ def train_step(
         update = _update(engine, learning_rate, gradient_clip)
     return StepOutcome(
         loss=loss_sum / share.denominator,
-        ctc_loss=ctc_sum / share.denominator,
+        terms={name: value / share.denominator for name, value in zip(loss.names, terms, strict=True)},
         grad_norm=update.grad_norm,
         applied=update.applied,
         overflowed=not update.applied and engine.loss_scale.is_dynamic and math.isinf(update.grad_norm),

@@ -9,7 +9,8 @@ from contextlib import ExitStack
 
 from trainer.assembly import build_run
 from trainer.engine import open_engine
-from trainer.errors import exit_on_input_error
+from trainer.exits import Outcome, exit_on_input_error
+from trainer.job.rank import find_job
 from trainer.memory.ladder import Descent, start_again
 from trainer.observe.progress import Progress
 from trainer.parsing import parse_recipe
@@ -17,7 +18,7 @@ from trainer.recipe import Recipe
 from trainer.signals import StopRequest
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> Outcome:
     """Parse, build, run, close; return the exit code. Raises `InputError` before anything is written."""
     # Should a shard be cut short in the very moment it is read, the stack at least tells where.
     faulthandler.enable()
@@ -28,14 +29,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         start_again(descent.rung)
 
 
-def _train(recipe: Recipe) -> int:
+def _train(recipe: Recipe) -> Outcome:
     with ExitStack() as stack:
+        job = find_job()
+        stack.callback(job.close)
         engine = open_engine(recipe)
         stack.callback(engine.close)
         progress = Progress(enabled=engine.is_main)
         stack.callback(progress.close)
-        stop = StopRequest()
-        run = build_run(recipe, engine, progress, stop)
+        stop = StopRequest(job, leads=engine.is_main)
+        run = build_run(recipe, engine, progress, stop, job)
         stack.callback(run.relief.close)
         for tracker in run.trackers:
             stack.callback(tracker.close)

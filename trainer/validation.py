@@ -54,7 +54,13 @@ def evaluate(
 
 @overload
 def evaluate(
-    engine: Engine, loader: EvaluationLoader, *, budget: int, protocol: Protocol, stop_requested: Callable[[], bool]
+    engine: Engine,
+    loader: EvaluationLoader,
+    *,
+    budget: int,
+    protocol: Protocol,
+    beam: BeamSearch | None = None,
+    stop_requested: Callable[[], bool],
 ) -> Evaluation | None: ...
 
 
@@ -182,7 +188,7 @@ def _decode(engine: Engine, loader: EvaluationLoader, cell: MicroBatch, *, with_
 def _try_cell(engine: Engine, cell: MicroBatch, *, with_log_probs: bool) -> _Decoded | None:
     """Decode a cell; None if memory ran out."""
     try:
-        logits = engine.forward(cell.features, cell.layout)
+        logits = engine.forward(cell.features, cell.layout).logits
         log_probs = float32_log_probs(logits)
         losses = ctc_losses(log_probs, cell.layout.output_lengths, cell.labels).cpu().double()
         best = logits.argmax(dim=-1).cpu().numpy()

@@ -258,10 +258,10 @@ def crash(*_: Any, **__: Any) -> None:
 def crash_in_pointer(name: str) -> Callable[[Path, Any], None]:
     real = store.write_json
 
-    def write_or_crash(path: Path, value: Any) -> None:
+    def write_or_crash(path: Path, value: Any, **more: Any) -> None:
         if path.name == name:
             raise KeyboardInterrupt
-        real(path, value)
+        real(path, value, **more)
 
     return write_or_crash
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import trainer.train
-from trainer.errors import exit_on_input_error
+from trainer.exits import exit_on_input_error
 from trainer.loop import TrainingRun
 
 

@@ -15,7 +15,7 @@ import trainer.engine.engine
 import trainer.passes
 import trainer.train
 from trainer.engine.precision import LossScale, make_loss_scale
-from trainer.errors import exit_on_input_error
+from trainer.exits import exit_on_input_error
 
 
 def main() -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import trainer.train
-from trainer.errors import exit_on_input_error
+from trainer.exits import exit_on_input_error
 
 
 def main() -> int:

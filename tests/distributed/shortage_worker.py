@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import trainer.train
 from trainer.engine import Engine
-from trainer.errors import exit_on_input_error
+from trainer.exits import exit_on_input_error
 
 
 def main() -> int:

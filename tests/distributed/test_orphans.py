@@ -14,7 +14,7 @@ from tests.conftest import ROOT, command, environment
 _WORKER = """
 import os, time
 from pathlib import Path
-from trainer.errors import exit_on_input_error
+from trainer.exits import exit_on_input_error
 
 def main():
     note = Path({folder!r}) / f".{{os.environ['RANK']}}"

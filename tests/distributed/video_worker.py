@@ -42,7 +42,7 @@ def main(out: str, *flags: str) -> None:
         for number in range(passes):
             # A rank without a clip computes an output frame of weight zero.
             frames, weight = (own[number], 1.0) if number < len(own) else (torch.zeros(4, 24, 24, 3).byte(), 0.0)
-            logits = engine.forward(frames, lay_out(np.array([len(frames)]), 4))
+            logits = engine.forward(frames, lay_out(np.array([len(frames)]), 4)).logits
             engine.backward(weight * logits.square().sum(), 10.0, is_last=number + 1 == passes)
         engine.end_passes()
         assert engine.update(0.1, 0.0).applied

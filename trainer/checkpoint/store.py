@@ -14,26 +14,30 @@ from trainer.checkpoint.content import Checkpoint, RunState
 from trainer.checkpoint.manifest import MANIFEST, find_damage, write_manifest
 from trainer.errors import InputError
 from trainer.files import sync_folder, write_json
+from trainer.job.rank import NO_JOB, Job, NoJob
 
 _NAME = re.compile(r"step-(\d{9})")
+_GONE = ".gone.tmp"
 
 
 class CheckpointStore:
-    """The folder `checkpoints/` of a run; only rank 0 writes to it."""
+    """The folder `checkpoints/` of a run; only rank 0 of the attempt that owns the run writes to it."""
 
-    def __init__(self, run_dir: Path, *, keep: int) -> None:
+    def __init__(self, run_dir: Path, *, keep: int, job: Job | NoJob = NO_JOB) -> None:
         self.folder = run_dir / "checkpoints"
-        self.keep = keep
+        self.keep, self.job = keep, job
 
     def publish(self, checkpoint: Checkpoint, *, is_best: bool) -> Path:
         """Write a checkpoint aside, checksum it, rename it into place, point to it, and only then prune.
 
         A crash at any point leaves the previous checkpoints and their pointers whole. Raises `InputError` if the disk
-        is full or not writable.
+        is full or not writable, `TrainingFailedError` if another attempt owns the run: nothing is published then.
         """
         try:
             return self._publish(checkpoint, is_best=is_best)
         except (OSError, SafetensorError) as error:
+            # The next attempt removes what its predecessors were writing: that is no trouble with the disk.
+            self.job.check()
             raise InputError(
                 f"{self.folder}: checkpoint of step {checkpoint.state.step} cannot be written ({error}); free space or "
                 "mend the rights, then go on with --resume auto"
@@ -42,12 +46,13 @@ class CheckpointStore:
     def _publish(self, checkpoint: Checkpoint, *, is_best: bool) -> Path:
         final = self.folder / f"step-{checkpoint.state.step:09d}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".{final.name}.tmp"
+        temporary = self.folder / f".{final.name}{self.job.tag}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         checkpoint.write(temporary)
         write_manifest(temporary)
-        replaced = self.folder / f".{final.name}.replaced.tmp"
+        replaced = self.folder / f".{final.name}{self.job.tag}.replaced.tmp"
+        self.job.check()
         if final.exists():
             # The same step, saved again; the old one stays readable until the new one is complete.
             final.replace(replaced)
@@ -92,7 +97,10 @@ class CheckpointStore:
             (self.folder / name).replace(self.folder / aside)
         for leftover in self.folder.glob(".step-*.tmp"):
             log(f"removing {leftover.name}: an attempt ended while writing it")
-            shutil.rmtree(leftover)
+            self._remove(leftover)
+        for leftover in self.folder.glob(".*.json.*.tmp"):
+            # A pointer of an attempt that stood still right before its rename: there is nothing to rename any more.
+            leftover.unlink(missing_ok=True)
         for pointer in ("best.json", "last.json"):
             (self.folder / pointer).unlink(missing_ok=True)
         steps = self.steps()
@@ -103,14 +111,23 @@ class CheckpointStore:
         return state.best_step in steps
 
     def _point(self, name: str, step: int | None, value: float | None = None) -> None:
-        write_json(self.folder / f"{name}.json", {"checkpoint": f"step-{step:09d}", "value": value})
+        content = {"checkpoint": f"step-{step:09d}", "value": value}
+        write_json(self.folder / f"{name}.json", content, fence=self.job.check)
 
     def _prune(self) -> None:
         pointers = (self.folder / name for name in ("best.json", "last.json"))
         named = {json.loads(path.read_text())["checkpoint"] for path in pointers if path.exists()}
         for step in self.steps()[self.keep :]:
             if f"step-{step:09d}" not in named:
+                self.job.check()
                 shutil.rmtree(self.folder / f"step-{step:09d}")
+
+    def _remove(self, leftover: Path) -> None:
+        """Take a folder away from whoever may still be writing into it: under its name, nothing can be published."""
+        gone = leftover if leftover.name.endswith(_GONE) else leftover.with_name(leftover.name + _GONE)
+        leftover.replace(gone)
+        # A file that another machine holds open keeps a network's file system from removing the folder: next time.
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def find_checkpoint(path: Path, *, prefer: str = "best") -> Path:

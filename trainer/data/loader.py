@@ -38,7 +38,8 @@ _PLANNED_STEPS = 4
 class StepShare:
     """What every rank knows of an optimizer step before a feature is read.
 
-    `denominator` is that of the whole global batch; `frames` its real frames, `slots` the frames computed on.
+    `denominator` is that of the whole global batch; `frames` its real frames, `slots` the frames computed on, `outputs`
+    its output frames.
     """
 
     batch: GlobalBatch
@@ -46,6 +47,12 @@ class StepShare:
     denominator: float
     frames: int
     slots: int
+    outputs: int
+
+    @property
+    def per_frame(self) -> float:
+        """Return what a sum over frames is multiplied by so that the step's one denominator makes it a mean."""
+        return self.denominator / self.outputs
 
 
 class TrainingLoader:
@@ -100,6 +107,7 @@ class TrainingLoader:
     def share(self, batch: GlobalBatch, world_size: int, budget: int) -> StepShare:
         """Work out who does what of a global batch, and the denominator of its sums."""
         slots = slot_frames(batch.num_frames, self.plan.total_stride)
+        outputs = -(-batch.num_frames // self.plan.total_stride)
         weights, partner_weights = self.weights(batch)
         # Summed over the whole global batch, on every rank alike: a mean needs no communication.
         denominator = float(len(batch))
@@ -112,13 +120,12 @@ class TrainingLoader:
                 slots,
                 world_size=world_size,
                 budget=budget,
-                sequential=self.cost_model.sequential(-(-batch.num_frames // self.plan.total_stride))
-                if self.cost_model.per_walk
-                else None,
+                sequential=self.cost_model.sequential(outputs) if self.cost_model.per_walk else None,
             ),
             denominator=denominator,
             frames=int(batch.num_frames.sum()),
             slots=int(slots.sum()),
+            outputs=int(outputs.sum()),
         )
 
     def weights(self, batch: GlobalBatch) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:

@@ -83,6 +83,9 @@ def prepare_corpus(
     if recipe.overfit_clips:
         feasible = feasible.choose(np.arange(min(recipe.overfit_clips, len(feasible))))
         dev, train, stored = feasible, feasible, None
+    elif recipe.limit_clips:
+        feasible, dev = (split.choose(np.arange(min(recipe.limit_clips, len(split)))) for split in (feasible, dev))
+        train = feasible
     _check_files(list({id(split.table): split for split in (train, dev)}.values()), ranks)
     files_hash = _hash_files(train, dev)
     normalization = of_frames() if train.is_video else known
@@ -94,7 +97,7 @@ def prepare_corpus(
     if unread or normalization is None:
         # Over all frames of all training clips, so that neither is a property of what is left out.
         # Frames have no moments: a damaged video that --skip_clips names is not read.
-        scanned = train if recipe.overfit_clips or train.is_video else whole
+        scanned = train if recipe.overfit_clips or recipe.limit_clips or train.is_video else whole
         moments, problems = scan_in_shares(scanned, ranks, recipe.num_workers)
         if dev is not train and unread:
             problems += scan_in_shares(dev, ranks, recipe.num_workers)[1]

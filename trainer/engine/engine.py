@@ -18,6 +18,8 @@ from trainer.engine.processes import Processes
 from trainer.errors import TrainingFailedError
 from trainer.layout import TimeLayout
 from trainer.memory.exhaustion import is_exhaustion
+from trainer.models.recognizer import Recognizer
+from trainer.models.temporal_head import Outputs
 from trainer.recipe import OptimizationRecipe, RunRecipe
 
 State = dict[str, Tensor]
@@ -62,7 +64,7 @@ class Engine(abc.ABC):
         self._compiles = recipe.compile
         self._wrapped: PreciseModel | None = None
 
-    def prepare(self, model: nn.Module, recipe: OptimizationRecipe | None) -> None:
+    def prepare(self, model: Recognizer, recipe: OptimizationRecipe | None) -> None:
         """Take over a model whose weights are the same on every rank; without a recipe, for evaluation alone.
 
         Raises `TrainingFailedError`, on this rank alone, if it does not fit into memory.
@@ -97,8 +99,8 @@ class Engine(abc.ABC):
         """Wrap the model and make the optimizer."""
 
     @abc.abstractmethod
-    def forward(self, features: Tensor, layout: TimeLayout) -> Tensor:
-        """Return float32 logits `[M, V]` of a micro-batch."""
+    def forward(self, features: Tensor, layout: TimeLayout) -> Outputs:
+        """Return float32 logits `[M, V]` of a micro-batch, and what else training asks of the model."""
 
     @abc.abstractmethod
     def backward(self, loss_sum: Tensor, denominator: float, *, is_last: bool) -> None:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from trainer.errors import InputError
 from trainer.layout import TimeLayout
+from trainer.models.recognizer import Recognizer
+from trainer.models.temporal_head import Outputs
 
 Precision = Literal["no", "fp16", "bf16"]
 
@@ -23,26 +25,24 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class PreciseModel(nn.Module):
-    """A model that computes in the recipe's precision and returns float32 logits; its state is the model's own."""
+    """A model that computes in the recipe's precision and returns float32 outputs; its state is the model's own."""
 
-    def __init__(self, model: nn.Module, precision: Precision, device: torch.device) -> None:
+    def __init__(self, model: Recognizer, precision: Precision, device: torch.device) -> None:
         super().__init__()
         self.model = model
         self._precision, self._device_type = precision, device.type
 
     def blocks(self) -> list[nn.Module]:
         """Return the model's blocks in the order of its forward pass, none inside another."""
-        found: list[nn.Module] = self.model.blocks()  # type: ignore[operator]
-        return found
+        return self.model.blocks()
 
-    def forward(self, features: Tensor, layout: TimeLayout) -> Tensor:
-        """Return logits `[M, V]`, float32."""
+    def forward(self, features: Tensor, layout: TimeLayout) -> Outputs:
+        """Return what the model makes of clips, float32."""
         if self._precision == "no":
-            logits: Tensor = self.model(features, layout)
-            return logits
+            return self.model.outputs(features, layout)
         # Inside the module: DeepSpeed turns off an autocast that it finds around its own forward.
         with torch.autocast(self._device_type, _DTYPES[self._precision]):
-            return self.model(features, layout).float()
+            return self.model.outputs(features, layout).each(torch.Tensor.float)
 
 
 @dataclass

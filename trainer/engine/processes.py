@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
 import random
 import warnings
 from collections.abc import Callable
@@ -17,11 +19,12 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 
 from trainer.errors import InputError, TrainingFailedError
+from trainer.job.rank import find_job
 from trainer.recipe import RunRecipe
 
 Result = TypeVar("Result")
 
-ATTEMPT = "SIGNSCALE_ATTEMPT"
+RESTARTS = "SIGNSCALE_RESTARTS"
 """Environment variable that counts how often the processes of a launch have started themselves again."""
 _EXPECTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -36,6 +39,8 @@ class Processes:
         if recipe.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
+        if recipe.detect_anomaly:
+            torch.autograd.set_detect_anomaly(True)
         meet_again()
         self._accelerator = Accelerator(cpu=runs_on_cpu(), step_scheduler_with_optimizer=False)
         self.rank: int = self._accelerator.process_index
@@ -53,6 +58,32 @@ class Processes:
                 f"accelerate runs {self._accelerator.distributed_type}, which this engine does not drive; launch with "
                 "one of accelerate_configs/"
             )
+        self._check_token()
+
+    def _check_token(self) -> None:
+        """Raise `TrainingFailedError`, on every rank, if they are not all of one job.
+
+        Ranks meet at an address and a port, and a launcher lets whoever comes there in.
+        """
+        job = find_job()
+        mine = (hashlib.sha256(job.token.encode()).hexdigest(), job.attempt or "a plain command", platform.node())
+        all_of_them = self.gather_objects(mine)
+        if len({token for token, _, _ in all_of_them}) == 1:
+            return
+        met = {(attempt, host): [] for _, attempt, host in all_of_them}  # type: dict[tuple[str, str], list[str]]
+        for rank, (_, attempt, host) in enumerate(all_of_them):
+            met[attempt, host].append(str(rank))
+        groups = "; ".join(
+            f"rank {', '.join(ranks)}: {attempt} on {host}" for (attempt, host), ranks in sorted(met.items())
+        )
+        error = TrainingFailedError(
+            f"rank {self.rank}: ranks of different jobs have met at {os.environ.get('MASTER_ADDR')}:"
+            f"{os.environ.get('MASTER_PORT')} ({groups}); none of them trains. The port belongs to one of the jobs: "
+            "launch the other one again"
+        )
+        # Each launcher has its own log, and each of them should say it; the next attempt has another port.
+        error.local = error.passing = True
+        raise error
 
     @property
     def is_main(self) -> bool:
@@ -87,6 +118,8 @@ class Processes:
                 outcome[0] = act()
             except InputError as error:
                 outcome[1] = error
+            except TrainingFailedError as error:
+                failure, outcome[1] = error, TrainingFailedError(str(error))
             except Exception as error:
                 failure = error
                 outcome[1] = TrainingFailedError(f"rank 0: {type(error).__name__}: {error}")
@@ -116,9 +149,9 @@ class Processes:
         self._accelerator.end_training()
 
 
-def attempt() -> int:
+def restarts() -> int:
     """Count how often this launch's processes have started themselves again."""
-    return int(os.environ.get(ATTEMPT, "0"))
+    return int(os.environ.get(RESTARTS, "0"))
 
 
 def meeting_store(name: str, *, may_serve: bool = False) -> dist.Store:
@@ -131,12 +164,12 @@ def meeting_store(name: str, *, may_serve: bool = False) -> dist.Store:
         wait_for_workers=False,
         timeout=timedelta(minutes=5),
     )
-    return dist.PrefixStore(f"{name}_{attempt()}", store)
+    return dist.PrefixStore(f"{name}_{restarts()}", store)
 
 
 def meet_again() -> None:
     """Join the ranks of a run that started itself again: torch would read what the last attempt wrote of them."""
-    if attempt() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if restarts() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group(
             "gloo" if runs_on_cpu() else "nccl",
             store=meeting_store("ranks", may_serve=True),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from trainer.engine.engine import Engine, State, Update, named_slots, to_host
 from trainer.engine.precision import PreciseModel
 from trainer.layout import TimeLayout
+from trainer.models.temporal_head import Outputs
 from trainer.optimization import make_optimizer
 from trainer.recipe import OptimizationRecipe
 
@@ -117,10 +118,10 @@ class ReplicatedEngine(Engine):
         self.optimizer = make_optimizer(self.module, recipe)
         self._gradients = FlatGradients(list(self.module.parameters()), self.world_size)
 
-    def forward(self, features: Tensor, layout: TimeLayout) -> Tensor:
-        """Return float32 logits `[M, V]` of a micro-batch."""
-        logits: Tensor = self._model(features, layout)
-        return logits
+    def forward(self, features: Tensor, layout: TimeLayout) -> Outputs:
+        """Return float32 logits `[M, V]` of a micro-batch, and what else training asks of the model."""
+        outputs: Outputs = self._model(features, layout)
+        return outputs
 
     def backward(self, loss_sum: Tensor, denominator: float, *, is_last: bool) -> None:
         """Add the gradient of `loss_sum / denominator` to that of the global batch."""

@@ -15,6 +15,7 @@ from trainer.engine.engine import Engine, State, Update, named_slots, to_host
 from trainer.engine.precision import PreciseModel
 from trainer.engine.processes import Processes
 from trainer.layout import TimeLayout
+from trainer.models.temporal_head import Outputs
 from trainer.optimization import make_optimizer
 from trainer.recipe import OptimizationRecipe, RunRecipe
 
@@ -43,10 +44,10 @@ class ShardedEngine(Engine):
         fully_shard(model, mesh=mesh, offload_policy=policy)
         self.optimizer = make_optimizer(model.model, recipe)
 
-    def forward(self, features: Tensor, layout: TimeLayout) -> Tensor:
-        """Return float32 logits `[M, V]` of a micro-batch."""
-        logits: Tensor = self._model(features, layout)
-        return logits
+    def forward(self, features: Tensor, layout: TimeLayout) -> Outputs:
+        """Return float32 logits `[M, V]` of a micro-batch, and what else training asks of the model."""
+        outputs: Outputs = self._model(features, layout)
+        return outputs
 
     def backward(self, loss_sum: Tensor, denominator: float, *, is_last: bool) -> None:
         """Add the gradient of `loss_sum / denominator` to that of the global batch."""

@@ -19,6 +19,7 @@ from trainer.engine.engine import Engine, State, Update, named_slots, to_host
 from trainer.engine.precision import PreciseModel
 from trainer.engine.processes import Processes, runs_on_cpu
 from trainer.layout import TimeLayout
+from trainer.models.temporal_head import Outputs
 from trainer.optimization import make_optimizer
 from trainer.recipe import OptimizationRecipe, RunRecipe
 
@@ -58,10 +59,10 @@ class ZeroEngine(Engine):
         # All ranks skip where one of them says so, by DeepSpeed's own way of skipping.
         self._zero.has_overflow = lambda *args, **kwargs: True if self._forced else original(*args, **kwargs)
 
-    def forward(self, features: Tensor, layout: TimeLayout) -> Tensor:
-        """Return float32 logits `[M, V]` of a micro-batch."""
-        logits: Tensor = (self._deepspeed if self.communicates_in_passes else self._plain)(features, layout)
-        return logits
+    def forward(self, features: Tensor, layout: TimeLayout) -> Outputs:
+        """Return float32 logits `[M, V]` of a micro-batch, and what else training asks of the model."""
+        outputs: Outputs = (self._deepspeed if self.communicates_in_passes else self._plain)(features, layout)
+        return outputs
 
     def backward(self, loss_sum: Tensor, denominator: float, *, is_last: bool) -> None:
         """Add the gradient of `loss_sum / denominator` to that of the global batch."""

@@ -22,7 +22,7 @@ from trainer.data.normalization import Normalization
 from trainer.errors import InputError
 from trainer.layout import TimeLayout, lay_out, slot_frames
 from trainer.models.recognizer import Recognizer
-from trainer.models.temporal_head import TemporalHead
+from trainer.models.temporal_head import Outputs, TemporalHead
 from trainer.objectives.ctc import float32_log_probs
 
 
@@ -69,7 +69,7 @@ class ClipModel(nn.Module):
             )
         self.normalize = Normalize(normalization)
         self.model = copy.deepcopy(model).eval()
-        self.model.head = ClipHead(copy.deepcopy(head))
+        self.model.add_module("head", ClipHead(copy.deepcopy(head)))
         self.total_stride = model.total_stride
 
     def forward(self, clip: Tensor) -> Tensor:
@@ -85,13 +85,13 @@ class ClipHead(nn.Module):
         super().__init__()
         self.rnn, self.classifier = head.rnn, head.classifier
 
-    def forward(self, x: Tensor, layout: TimeLayout) -> Tensor:
+    def forward(self, x: Tensor, layout: TimeLayout) -> Outputs:
         """Map `[L / stride, inputs]` to logits `[M, V]`."""
         x = x.index_select(0, layout.rnn_positions)
         for lstm in self.rnn:
             assert isinstance(lstm, nn.LSTM)
             x = torch.cat([_walk(lstm, x, ""), _walk(lstm, x, "_reverse")], dim=1)
-        return self.classifier(x)
+        return Outputs(self.classifier(x))
 
 
 def _walk(lstm: nn.LSTM, x: Tensor, direction: str) -> Tensor:

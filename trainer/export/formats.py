@@ -52,7 +52,8 @@ def write_model(model: Recognizer, checkpoint: Checkpoint, kind: Format, folder:
     """Write the model file into an existing folder; raises `InputError` for a model the format cannot hold."""
     card, path = Card.of(checkpoint), folder / FILES[kind]
     if kind == "safetensors":
-        tensors = {f"model.{name}": tensor.contiguous() for name, tensor in checkpoint.model.items()}
+        # The model's own, and not the checkpoint's, which may hold what training alone needed.
+        tensors = {f"model.{name}": tensor.contiguous() for name, tensor in model.state_dict().items()}
         for name in ("mean", "scale"):
             tensors[f"normalization.{name}"] = torch.from_numpy(getattr(checkpoint.normalization, name))
         save_file(tensors, path, metadata={_KEY: card.to_json()})

@@ -40,6 +40,8 @@ class LastWord:
     """One line for people."""
     time: float
     """Unix seconds."""
+    code: int = 0
+    """Exit code of the command; 1 beside DONE: done, but not as well as was asked for (--target_wer, --max_wer)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,10 +137,10 @@ class JobDirectory:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{self.owner}: cannot be read ({error}); launch the job again") from error
 
-    def leave_word(self, word: Word, *, attempt: str, step: int | None, reason: str) -> None:
+    def leave_word(self, word: Word, *, attempt: str, step: int | None, reason: str, code: int = 0) -> None:
         """Leave an attempt's last word; one that is no longer the owner leaves none."""
         if self.owner_attempt() == attempt:
-            said = LastWord(word=word, attempt=attempt, step=step, reason=reason, time=time.time())
+            said = LastWord(word=word, attempt=attempt, step=step, reason=reason, time=time.time(), code=code)
             write_json(self.folder / word, asdict(said))
 
     def last_word(self) -> LastWord | None:

@@ -10,10 +10,13 @@ from torch import Tensor, nn
 
 from trainer.engine.engine import checkpoint_activations
 from trainer.engine.precision import PreciseModel
+from trainer.loss import StepLoss
 from trainer.memory.cells import load_of, loss_of, random_cell
 from trainer.memory.counting import AllocationCounter, SavedBytes
 from trainer.memory.model import MemoryModel, fit
 from trainer.memory.static import ModelSize
+from trainer.memory.teacher import make_up_teacher
+from trainer.models.auxiliary import AUXILIARY
 from trainer.models.build import build_model
 from trainer.recipe import VIDEO_MODELS, Recipe
 
@@ -38,19 +41,28 @@ def measure_size(model: nn.Module) -> ModelSize:
         total=sum(p.numel() for p in model.parameters()),
         largest_block=max(sum(p.numel() for p in block.parameters()) for block in blocks),
         largest_weight=max(p.numel() for p in model.parameters()),
+        auxiliary=sum(p.numel() for name, p in model.named_parameters() if name.startswith(AUXILIARY)),
     )
 
 
 def size_of(recipe: Recipe, *, feature_dim: int, num_classes: int) -> ModelSize:
-    """Count the weights of a recipe's model without making them."""
+    """Count the weights of a recipe's model without making them, those that training alone needs among them."""
     with torch.device("meta"):
-        return measure_size(build_model(recipe.model, feature_dim=feature_dim, num_classes=num_classes))
+        teacher = make_up_teacher(recipe, feature_dim=feature_dim, num_classes=num_classes, device=torch.device("meta"))
+        model = build_model(recipe.model, feature_dim=feature_dim, num_classes=num_classes)
+        StepLoss(objective=recipe.objective, distillation=teacher).equip(model)
+        return measure_size(model)
 
 
 def count_activations(recipe: Recipe, *, feature_dim: int, num_classes: int, checkpointing: bool) -> Counted:
-    """Run small cells through the recipe's model at its full width on the CPU, and count what lives in between."""
-    model = build_model(recipe.model, feature_dim=feature_dim, num_classes=num_classes)
+    """Run small cells through the recipe's model at its full width on the CPU, and count what lives in between.
+
+    A teacher is asked first, as in a step: its activations have gone when the student's come, its distributions stay.
+    """
     cpu = torch.device("cpu")
+    teacher = make_up_teacher(recipe, feature_dim=feature_dim, num_classes=num_classes, device=cpu)
+    model = build_model(recipe.model, feature_dim=feature_dim, num_classes=num_classes)
+    StepLoss(objective=recipe.objective, distillation=teacher).equip(model)
     wrapped = PreciseModel(model, recipe.run.mixed_precision, cpu)
     if checkpointing:
         checkpoint_activations(wrapped.blocks())
@@ -73,10 +85,11 @@ def count_activations(recipe: Recipe, *, feature_dim: int, num_classes: int, che
         existing: list[Tensor] = [*cell.tensors(), *model.parameters(), *model.buffers()]
         kept = SavedBytes(*existing)
         with AllocationCounter(*existing, *(p.grad for p in model.parameters() if p.grad is not None)) as counter:
+            targets = teacher.targets(cell, made_up=True)
             with kept:
-                loss = loss_of(wrapped(cell.features, cell.layout), cell, recipe.objective)
+                loss = loss_of(wrapped(cell.features, cell.layout), cell, recipe.objective, teacher, targets)
             loss.backward()
-            del loss
+            del loss, targets
         loads.append(load_of(num_frames, stride))
         # The features are there as long as the pass.
         peaks.append(counter.peak + float(cell.features.nbytes))

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from trainer.data.batch import MicroBatch, make_labels
-from trainer.distillation import Distillation, Undistilled
+from trainer.distillation import Distillation, Targets, Undistilled
 from trainer.engine import Engine
 from trainer.layout import lay_out, slot_frames
+from trainer.loss import StepLoss
 from trainer.memory.model import Load
-from trainer.objectives.ctc import ctc_objective
+from trainer.models.temporal_head import Outputs
 from trainer.recipe import ObjectiveRecipe
 
 Indices = npt.NDArray[np.int64]
@@ -77,13 +78,17 @@ def run_pass(
     """Go forward and backward over a cell, as a step does."""
     teacher = distillation or Undistilled()
     targets = teacher.targets(cell, made_up=True)
-    logits = engine.forward(cell.features, cell.layout)
-    loss_sum = teacher.blend(loss_of(logits, cell, objective), logits, targets, 1.0)
-    engine.backward(loss_sum, 1.0, is_last=is_last)
+    outputs = engine.forward(cell.features, cell.layout)
+    engine.backward(loss_of(outputs, cell, objective, teacher, targets), 1.0, is_last=is_last)
 
 
-def loss_of(logits: Tensor, cell: MicroBatch, objective: ObjectiveRecipe) -> Tensor:
+def loss_of(
+    outputs: Outputs,
+    cell: MicroBatch,
+    objective: ObjectiveRecipe,
+    teacher: Distillation | Undistilled | None = None,
+    targets: Targets | None = None,
+) -> Tensor:
     """Return the loss sum of a cell."""
-    return ctc_objective(
-        logits, cell.layout.output_lengths, cell.labels, cell.partner_labels, objective.label_smoothing
-    )
+    loss = StepLoss(objective=objective, distillation=teacher or Undistilled())
+    return loss(outputs, cell, targets, per_frame=1.0).total

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from trainer.engine.processes import ATTEMPT, attempt, meeting_store
+from trainer.engine.processes import RESTARTS, meeting_store, restarts
 
 SMALLER_BUDGET, CHECKPOINTING = "smaller budget", "activation checkpointing"
 """The rungs on which a pass needs less, and nothing else."""
@@ -94,7 +94,7 @@ def start_again(rung: Rung) -> NoReturn:
     environment = dict(os.environ)
     environment |= dict(rung.environment)
     environment[_TAKEN] = json.dumps([asdict(taken) for taken in (*rungs_taken(), rung)])
-    environment[ATTEMPT] = str(attempt() + 1)
+    environment[RESTARTS] = str(restarts() + 1)
     sys.stdout.flush()
     sys.stderr.flush()
     command = [sys.executable, *sys.orig_argv[1:], "--resume", "auto", *rung.flags]

@@ -6,6 +6,7 @@ float32 weights; `benchmarks/memory.py` compares them with measured peaks. All s
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,6 +28,8 @@ class ModelSize:
     largest_block: int
     """Weights of the largest of `model.blocks()`, which is gathered as a whole where weights lie in parts."""
     largest_weight: int
+    auxiliary: int = 0
+    """Of the total, weights that training alone needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +68,13 @@ class StaticMemory:
     """Beyond these, in the update, when no activations are there: buffers of the reduction and of the optimizer."""
     host: int
     """On the host, beside a process's own code, where the device is another."""
+    teacher: int = 0
+    """Weights of an online teacher, which every rank holds whole, whatever the backend does with the student."""
 
     @property
     def kept(self) -> int:
         """Return what is there throughout a step."""
-        return self.parameters + self.gradients + self.optimizer
+        return self.parameters + self.gradients + self.optimizer + self.teacher
 
     def peak(self, activations: float) -> float:
         """Return the peak of a step whose passes take `activations`."""
@@ -102,9 +107,26 @@ def zero_backend(config: Mapping[str, Any]) -> Backend:
 
 
 def static_memory(
-    model: ModelSize, *, backend: Backend, world_size: int, optimizer: str, on_cuda: bool, fused: bool = False
+    model: ModelSize,
+    *,
+    backend: Backend,
+    world_size: int,
+    optimizer: str,
+    on_cuda: bool,
+    fused: bool = False,
+    teacher: int = 0,
 ) -> StaticMemory:
-    """Return what one of `world_size` ranks holds; `fused`: whether the optimizer's step is one kernel."""
+    """Return what one of `world_size` ranks holds; `fused`: whether the optimizer's step is one kernel.
+
+    `teacher`: bytes of an online teacher's weights.
+    """
+    student = _student_memory(model, backend, world_size, optimizer, on_cuda=on_cuda, fused=fused)
+    return dataclasses.replace(student, teacher=teacher)
+
+
+def _student_memory(
+    model: ModelSize, backend: Backend, world_size: int, optimizer: str, *, on_cuda: bool, fused: bool
+) -> StaticMemory:
     whole = model.total * _FLOAT32
     part = -(-model.total // world_size) * _FLOAT32
     slots = _SLOTS[optimizer]

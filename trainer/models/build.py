@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.errors import InputError, name_some
+from trainer.models.auxiliary import AUXILIARY, VISUAL
 from trainer.models.i3d import I3DTeacher
 from trainer.models.mobilenet import MobileNetStudent
 from trainer.models.recognizer import Recognizer
@@ -17,7 +18,8 @@ from trainer.models.student import FeatureStudent
 from trainer.models.teacher import FeatureTeacher
 from trainer.recipe import ModelRecipe
 
-_CLASSIFIER = "head.classifier."
+_CLASSIFIERS = ("head.classifier.", VISUAL)
+"""Parameters that have a row for each class."""
 
 
 def build_model(recipe: ModelRecipe, *, feature_dim: int, num_classes: int) -> Recognizer:
@@ -74,13 +76,17 @@ def load_weights(
 ) -> None:
     """Load a state dict into a model of the same architecture.
 
+    What training alone adds to a model is taken where both have it, in one shape: else it is left out, or starts fresh.
     `classes`: for each class of the model the class it has in `weights`, or None to keep its fresh row; needed where
     the vocabularies differ. Raises `InputError` with the parameters that do not fit.
     """
     own = model.state_dict()
     loaded = dict(weights)
+    for name in [name for name in weights if name.startswith(AUXILIARY) and name not in own]:
+        del loaded[name]
+    loaded |= {name: own[name] for name in starts_fresh(own, weights, by_class=classes is not None)}
     if classes is not None:
-        for name in [name for name in own if name.startswith(_CLASSIFIER) and name in weights]:
+        for name in [name for name in own if name.startswith(_CLASSIFIERS) and name in weights]:
             if weights[name].shape[1:] != own[name].shape[1:]:
                 # Of another width altogether, as is said below.
                 continue
@@ -105,3 +111,17 @@ def load_weights(
         raise InputError(problems)
     with torch.no_grad():
         model.load_state_dict(loaded)
+
+
+def starts_fresh(own: dict[str, Tensor], weights: dict[str, Tensor], *, by_class: bool = False) -> list[str]:
+    """Name the auxiliary weights of a model that another's cannot give it: it has none, or those of another teacher.
+
+    `by_class`: rows are matched class by class, so that their number may differ.
+    """
+
+    def fits(name: str) -> bool:
+        if name not in weights:
+            return False
+        return (by_class and name.startswith(VISUAL)) or weights[name].shape == own[name].shape
+
+    return [name for name in own if name.startswith(AUXILIARY) and not fits(name)]

@@ -178,10 +178,10 @@ class I3DTeacher(Recognizer):
         """Return the blocks of I3D, the mean over space and the head."""
         return [*self.backbone.blocks(), self.mean, self.head]
 
-    def forward(self, frames: Tensor, layout: TimeLayout) -> Tensor:
-        """Return logits `[M, V]` of clips laid out by `layout`; `frames` uint8 `[N, H, W, 3]`, clip after clip."""
+    def visual(self, frames: Tensor, layout: TimeLayout) -> Tensor:
+        """Return visual features `[L / stride, C]`; `frames` uint8 `[N, H, W, 3]`, clip after clip."""
         silence = torch.zeros(layout.length, *frames.shape[1:], device=frames.device)
         laid_out = silence.index_copy_(0, layout.frame_positions, frames.float().mul_(2 / 255).sub_(1))
         # Channels last in memory, as the frames come.
         x = self.backbone(laid_out.permute(3, 0, 1, 2).unsqueeze(0), layout)
-        return self.head(self.mean(x), layout)
+        return self.mean(x)

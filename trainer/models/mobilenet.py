@@ -79,15 +79,15 @@ class MobileNetStudent(Recognizer):
         """Return the blocks of MobileNetV3, the convolution in time and the head."""
         return [*self._images(), self.temporal, self.head]
 
-    def forward(self, frames: Tensor, layout: TimeLayout) -> Tensor:
-        """Return logits `[M, V]` of clips laid out by `layout`; `frames` uint8 `[N, H, W, 3]`, clip after clip."""
+    def visual(self, frames: Tensor, layout: TimeLayout) -> Tensor:
+        """Return visual features `[L / stride, C]`; `frames` uint8 `[N, H, W, 3]`, clip after clip."""
         # Channels last in memory, as the frames come.
         x = ((frames - self.mean) / self.std).permute(0, 3, 1, 2)
         for block in self._images():
             x = block(x)
         x = x.mean(dim=(2, 3))
         laid_out = x.new_zeros(layout.length, x.shape[1]).index_copy(0, layout.frame_positions, x)
-        return self.head(self.temporal(laid_out, layout), layout)
+        return self.temporal(laid_out, layout)
 
     def _images(self) -> nn.Sequential:
         features = self.backbone["features"]

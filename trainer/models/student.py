@@ -63,8 +63,8 @@ class FeatureStudent(Recognizer):
         """Return the embedding, the blocks in time and the head; the norm between them is too small to be one."""
         return [self.embed, *self.time, self.head]
 
-    def forward(self, frames: Tensor, layout: TimeLayout) -> Tensor:
-        """Return logits `[M, V]` of clips laid out by `layout`; `frames` `[N, D]`, clip after clip."""
+    def visual(self, frames: Tensor, layout: TimeLayout) -> Tensor:
+        """Return visual features `[L / stride, C]`; `frames` `[N, D]`, clip after clip."""
         embedded = self.embed(frames)
         x = embedded.new_zeros(layout.length, embedded.shape[1]).index_copy(0, layout.frame_positions, embedded)
         # As in the teacher: the BiLSTM learns from postures while the network in time finds its way.
@@ -73,7 +73,7 @@ class FeatureStudent(Recognizer):
         for block, stride in zip(self.time, self.strides, strict=True):
             mask, reached = layout.masks[reached], reached * stride
             x = block(x, mask, layout.masks[reached])
-        return self.head(torch.cat([self.norm(x), postures], dim=1), layout)
+        return torch.cat([self.norm(x), postures], dim=1)
 
 
 class InvertedResidual(nn.Module):

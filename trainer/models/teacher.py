@@ -50,14 +50,14 @@ class FeatureTeacher(Recognizer):
         """Return the embedding, the blocks of the inception network and the head."""
         return [self.embed, *self.inception.blocks(), self.head]
 
-    def forward(self, features: Tensor, layout: TimeLayout) -> Tensor:
-        """Return logits `[M, V]` of clips laid out by `layout`; `features` `[N, D]`, clip after clip."""
+    def visual(self, features: Tensor, layout: TimeLayout) -> Tensor:
+        """Return visual features `[L / stride, C]`; `features` `[N, D]`, clip after clip."""
         frames = self.embed(features)
         silence = frames.new_zeros(layout.length, frames.shape[1])
         laid_out = silence.index_copy(0, layout.frame_positions, frames)
         # Postures reach the BiLSTM directly too: it learns from them while the network in time finds its way.
         postures = mean_frames(laid_out, layout, self.total_stride)
-        return self.head(torch.cat([self.inception(laid_out, layout), postures], dim=1), layout)
+        return torch.cat([self.inception(laid_out, layout), postures], dim=1)
 
 
 def mean_frames(x: Tensor, layout: TimeLayout, stride: int) -> Tensor:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,15 +28,18 @@ class Tracker(Protocol):
 class JsonLines:
     """`metrics.jsonl`: one object a line, handed to the system before `log` returns."""
 
-    def __init__(self, path: Path, *, after_step: int) -> None:
+    def __init__(self, path: Path, *, after_step: int, fence: Callable[[], None] = lambda: None) -> None:
+        """Go on after `after_step`; `fence` raises once another attempt owns the run, and no line is added."""
+        self._fence = fence
         if path.exists():
             # An attempt that died may have logged steps that its successor does again.
             lines = path.read_text(encoding="utf-8").splitlines()
-            write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= after_step))
+            write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= after_step), fence=fence)
         self.file = path.open("a", encoding="utf-8")
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Append one line; what is not finite becomes null, which JSON can hold."""
+        self._fence()
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
@@ -96,10 +99,16 @@ class Wandb:
 
 
 def open_trackers(
-    run_dir: Path, names: Sequence[str], *, after_step: int, project: str, recipe: Mapping[str, Any]
+    run_dir: Path,
+    names: Sequence[str],
+    *,
+    after_step: int,
+    project: str,
+    recipe: Mapping[str, Any],
+    fence: Callable[[], None] = lambda: None,
 ) -> list[Tracker]:
-    """Open the trackers of a run that goes on after `after_step`."""
-    trackers: list[Tracker] = [JsonLines(run_dir / METRICS, after_step=after_step)]
+    """Open the trackers of a run that goes on after `after_step`; the first one's `fence` guards those after it."""
+    trackers: list[Tracker] = [JsonLines(run_dir / METRICS, after_step=after_step, fence=fence)]
     if "tensorboard" in names:
         trackers.append(TensorBoard(run_dir / "tensorboard", after_step=after_step))
     if "wandb" in names:

@@ -24,6 +24,7 @@ from trainer.checkpoint.manifest import MANIFEST as CHECKPOINT_MANIFEST
 from trainer.data.vocabulary import Vocabulary
 from trainer.errors import InputError, name_some
 from trainer.files import sync_file, write_json
+from trainer.job.rank import NO_JOB, Job, NoJob
 from trainer.softtargets.compression import Compression, Dtype
 
 MANIFEST, UNDER_WAY = "manifest.json", "extraction.json"
@@ -103,22 +104,24 @@ def checkpoint_fingerprint(folder: Path) -> str:
 class ShardFolder:
     """The folder while targets are being extracted."""
 
-    def __init__(self, folder: Path, job: Extraction) -> None:
-        self.folder, self.job = folder, job
+    def __init__(self, folder: Path, job: Extraction, owner: Job | NoJob = NO_JOB) -> None:
+        """Take the folder of an extraction; `owner` is the launched job that may write there."""
+        self.folder, self.job, self.owner = folder, job, owner
 
     def claim(self) -> bool:
         """Begin, or go on with what was begun; tell whether it is complete already. Rank 0 alone.
 
         Raises `InputError` if the folder holds the targets of another extraction, naming every difference.
         """
+        self.owner.check()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / (MANIFEST if (self.folder / MANIFEST).exists() else UNDER_WAY)
             if path.exists():
                 self._check_same(path)
                 for leftover in self.folder.glob(".*.tmp"):
-                    leftover.unlink()
-            elif any(not entry.name.startswith(".") for entry in self.folder.iterdir()):
+                    leftover.unlink(missing_ok=True)
+            elif any(not entry.name.startswith(".") and entry.name != "job" for entry in self.folder.iterdir()):
                 raise InputError(
                     f"{self.folder}: holds something else than soft targets; choose another --output, or empty it"
                 )
@@ -148,7 +151,7 @@ class ShardFolder:
     ) -> None:
         """Write a shard aside, rename it into place, and then its note."""
         name = f"shard-{number:05d}.safetensors"
-        temporary = self.folder / f".{name}.{self.job.teacher[:8]}.tmp"
+        temporary = self.folder / f".{name}.{self.job.teacher[:8]}{self.owner.tag}.tmp"
         flat = {
             f"{clip.id}/{part}": value for clip, own in zip(clips, tensors, strict=True) for part, value in own.items()
         }
@@ -163,9 +166,12 @@ class ShardFolder:
                 outputs=sum(len(own["log_probs"]) for own in tensors),
                 errors=errors,
             )
+            self.owner.check()
             temporary.replace(self.folder / name)
-            write_json(self._note(number), dataclasses.asdict(shard))
+            write_json(self._note(number), dataclasses.asdict(shard), fence=self.owner.check)
         except (OSError, SafetensorError) as error:
+            # The next attempt removes what its predecessors were writing: that is no trouble with the disk.
+            self.owner.check()
             raise InputError(
                 f"{self.folder}: {name} cannot be written ({error}); free space or mend the rights, then run the same "
                 "command again: it goes on where it was"
@@ -191,7 +197,7 @@ class ShardFolder:
             "glosses": vocabulary.glosses,
             "shards": [dataclasses.asdict(shard) for shard in shards if shard],
         }
-        write_json(self.folder / MANIFEST, manifest)
+        write_json(self.folder / MANIFEST, manifest, fence=self.owner.check)
         for number in range(count):
             self._note(number).unlink(missing_ok=True)
         (self.folder / UNDER_WAY).unlink(missing_ok=True)

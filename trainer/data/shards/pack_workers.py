@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection, get_context, parent_process
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from trainer.errors import TrainingFailedError
 from trainer.signals import StopRequest
@@ -18,7 +18,7 @@ from trainer.signals import StopRequest
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _POLL_SECONDS = 0.1
 
 
@@ -35,11 +35,9 @@ class WorkerPool:
     def __init__(self, workers: int) -> None:
         self.workers = workers
         self._stop = StopRequest()
-        self._handlers: dict[signal.Signals, Any] = {}
         self._executor = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_follow_parent)
 
     def __enter__(self) -> WorkerPool:
-        self._handlers = {number: signal.getsignal(number) for number in _SIGNALS}
         self._stop.install()
         return self
 
@@ -47,8 +45,7 @@ class WorkerPool:
         try:
             self._executor.shutdown(cancel_futures=True)
         finally:
-            for number, handler in self._handlers.items():
-                signal.signal(number, handler)
+            self._stop.uninstall()
 
     def run(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[tuple[Task, Result]]:
         """Yield each task with its result, as they are done.

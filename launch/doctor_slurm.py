@@ -1,0 +1,127 @@
+"""`signscale doctor --on slurm`: the examination as a batch job on the nodes that were asked for, waited for."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from launch.jobs.live import find_live
+from launch.jobs.options import CommonOptions, LaunchOptions
+from launch.jobs.plan import Plan
+from launch.prepare import prepare, write
+from launch.slurm.environment import clean
+from launch.slurm.options import SlurmOptions
+from trainer.doctor.finding import Finding, shorten
+from trainer.doctor.node import FINDINGS, Options
+from trainer.errors import InputError
+from trainer.job.directory import JobDirectory
+
+_POLL_SECONDS = 0.5
+_ASK_SECONDS = 5.0
+"""Between two questions to the scheduler."""
+_AFTER_SECONDS = 15.0
+"""How long after a job's end its last files may take to be seen here."""
+
+
+def examine_on_slurm(folder: Path, asked: Options, slurm: SlurmOptions) -> dict[str, Any]:
+    """Submit the examination, wait for its end, and return what it found.
+
+    `folder` takes the job's files and the report, and must lie where all nodes see it. Raises `InputError` for what
+    sbatch refuses. Interrupted, it cancels the job.
+    """
+    from launch.slurm.submit import require_cluster, submit
+
+    require_cluster()
+    plan = _plan(folder, slurm)
+    report = folder / "report"
+    report.mkdir(parents=True)
+    dataclasses.replace(
+        asked, nodes=slurm.nodes, ranks_per_node=slurm.ranks, cpu=asked.cpu or not slurm.gpu_count
+    ).write(report)
+    try:
+        plan = write(plan)
+        job_id = submit(plan.job.script, job=plan.job)
+    except InputError:
+        # Nothing was started: nothing is left.
+        shutil.rmtree(folder)
+        raise
+    say(f"queued as job {job_id} on {slurm.nodes} node(s), waiting for it; its output: {plan.job.logs}")
+    with _cancelling(job_id):
+        _wait(plan.job, report / FINDINGS)
+    if not (report / FINDINGS).exists():
+        found = [
+            Finding(check="job", value=_last_words(plan.job, job_id), verdict="FAIL", mend=f"read {plan.job.logs}")
+        ]
+        return {"ok": False, "nodes": [], "findings": [one.to_json() for one in found], "facts": []}
+    return dict(json.loads((report / FINDINGS).read_text(encoding="utf-8")))
+
+
+def say(text: str) -> None:
+    """Tell people what happens, beside the table or the document."""
+    print(f"signscale doctor: {text}", file=sys.stderr, flush=True)
+
+
+def _plan(folder: Path, slurm: SlurmOptions) -> Plan:
+    """Plan a job of one process a node, which starts the ranks itself: a node that fails must not end the others."""
+    whole = dataclasses.replace(
+        slurm,
+        ranks_per_node=1,
+        cpus_per_task=slurm.ranks * slurm.cpus_per_rank,
+        requeue=False,
+        preflight=False,
+    )
+    common = CommonOptions(
+        name=f"doctor-{folder.name}", run=str(folder), launcher="plain", max_attempts_without_progress=1
+    )
+    command = ("-m", "trainer.doctor.node", str(folder / "report"))
+    return prepare("slurm", LaunchOptions(common=common, slurm=whole), command)
+
+
+def _wait(job: JobDirectory, findings: Path) -> None:
+    asked = ended = 0.0
+    while not findings.exists():
+        now = time.monotonic()
+        if ended and now - ended > _AFTER_SECONDS:
+            return
+        if not ended and now - asked > _ASK_SECONDS:
+            asked = now
+            ended = 0.0 if find_live(job) else now
+        time.sleep(_POLL_SECONDS)
+
+
+def _last_words(job: JobDirectory, job_id: str) -> str:
+    word = job.last_word()
+    if word is not None:
+        return shorten(f"job {job_id} left {word.word} and no findings: {word.reason}")
+    logs = sorted(job.logs.glob("*.log"), key=lambda path: path.stat().st_mtime)
+    lines = [line for line in logs[-1].read_text(errors="replace").splitlines() if line.strip()] if logs else []
+    return shorten(f"job {job_id} ended without findings: {lines[-1] if lines else 'it said nothing'}")
+
+
+@contextlib.contextmanager
+def _cancelling(job_id: str) -> Iterator[None]:
+    """Cancel the job where whoever waits for it is told to stop."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"cancelling job {job_id}")
+        subprocess.run(["scancel", job_id], env=clean(os.environ), check=False)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,202 @@
+"""A pipeline as batch jobs that wait for each other: all of them in the queue, or none."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from launch.jobs.live import find_live
+from launch.jobs.plan import Plan
+from launch.pipeline.deciding import Decision
+from launch.pipeline.definition import Definition
+from launch.pipeline.planning import make_records
+from launch.pipeline.record import StageRecord
+from launch.pipeline.resolving import Ready, changes
+from launch.prepare import missing_paths, write
+from launch.slurm.control import ControlError, ask, show
+from launch.slurm.environment import clean
+from launch.slurm.submit import require_cluster, submit
+from trainer.errors import InputError, name_some
+from trainer.files import write_text
+from trainer.job.directory import JobDirectory, read_lines
+
+_KEPT = ("plan.json", "job.sh", "stage.json", "recipe.yaml", "submissions.jsonl", "CANCELLED")
+"""Files of a job folder that a submission writes or deletes."""
+
+
+def find_queued(stages: Sequence[Ready]) -> dict[str, str]:
+    """Return the number of the job, by stage, of those that are in the queue already or at work."""
+    found: dict[str, str] = {}
+    for ready in stages:
+        submissions = read_lines(ready.job.submissions)
+        if submissions and find_live(ready.job):
+            found[ready.name] = str(submissions[-1]["job_id"])
+    return found
+
+
+def submit_pipeline(
+    definition: Definition, decisions: Sequence[Decision], plans: Mapping[str, Plan], queued: Mapping[str, str]
+) -> int:
+    """Submit the stages that are planned, each to start when those it needs are done.
+
+    Raises `InputError` if one is refused; then none is in the queue that was not there before.
+    """
+    require_cluster()
+    stages = [decision.ready for decision in decisions]
+    records = make_records(definition, stages)
+    _check_queued(stages, records, queued)
+    jobs: dict[str, str] = {}
+    held = [number for ready in stages if (number := queued.get(ready.name)) and _is_held_by_us(ready.job, number)]
+    todo = [ready for ready in stages if ready.name in plans]
+    with _Undo([plans[ready.name].job for ready in todo]) as undo:
+        for ready in todo:
+            plan = write(plans[ready.name])
+            records[ready.name].save(plan.job)
+            _submit(ready, plan, test_only=True)
+        for ready in todo:
+            needs = [jobs.get(name) or queued.get(name) for name in ready.stage.after]
+            # Nothing starts before all are in the queue; those behind a held job need not be held.
+            first = not any(name in jobs for name in ready.stage.after)
+            number = _submit(ready, plans[ready.name], needs=[one for one in needs if one is not None], hold=first)
+            undo.submitted.append(number)
+            jobs[ready.name] = number
+            held += [number] if first else []
+        for number in held:
+            _release(number)
+    print(f"\n{_report(decisions, jobs, queued)}")
+    for path in dict.fromkeys(path for plan in plans.values() for path in missing_paths(plan)):
+        if not any(path == str(output) for output in _outputs(stages)):
+            print(f"warning: {path} is not there on this machine; the jobs need it on the nodes", file=sys.stderr)
+    return 0
+
+
+def _submit(ready: Ready, plan: Plan, *, needs: Sequence[str] = (), hold: bool = False, test_only: bool = False) -> str:
+    try:
+        return submit(
+            plan.job.script,
+            job=plan.job,
+            dependencies=[f"afterok:{':'.join(needs)}"] if needs else [],
+            hold=hold,
+            test_only=test_only,
+        )
+    except InputError as error:
+        raise InputError(f"stage {ready.name}: {problem}" for problem in error.problems) from error
+
+
+def _check_queued(stages: Sequence[Ready], records: Mapping[str, StageRecord], queued: Mapping[str, str]) -> None:
+    """Refuse to leave a job in the queue that does something else than the file says now."""
+    problems = []
+    for ready in stages:
+        known = StageRecord.load(ready.job) if ready.name in queued else None
+        if known is not None and (known.fingerprint, known.needs) != (
+            records[ready.name].fingerprint,
+            records[ready.name].needs,
+        ):
+            changed = changes(known.content, ready.content) or ["the stages it needs"]
+            problems.append(
+                f"stage {ready.name}: job {queued[ready.name]} was submitted by another definition "
+                f"({name_some(changed, 3)}); let it end, or end it: signscale cancel {ready.folder}"
+            )
+    if problems:
+        raise InputError(problems)
+
+
+def _is_held_by_us(job: JobDirectory, number: str) -> bool:
+    """Tell whether a job still waits for a submission that was broken off before it released it."""
+    newest = read_lines(job.submissions)[-1]
+    return bool(newest.get("held")) and "JobHeldUser" in show(number).get("Reason", "")
+
+
+def _release(number: str) -> None:
+    try:
+        ask("scontrol", "release", number)
+    except ControlError as error:
+        raise InputError(f"scontrol release {number}: {error}; ask who runs the cluster why jobs stay held") from error
+
+
+def _outputs(stages: Sequence[Ready]) -> list[Path]:
+    return [ready.output.absolute() for ready in stages if ready.output is not None]
+
+
+def _report(decisions: Sequence[Decision], jobs: Mapping[str, str], queued: Mapping[str, str]) -> str:
+    rows = [("stage", "job", "starts after", "run")]
+    for decision in decisions:
+        ready = decision.ready
+        number = jobs.get(ready.name) or (f"{queued[ready.name]} (was there)" if ready.name in queued else "done")
+        waits = [name for name in ready.stage.after if name in jobs or name in queued] if number != "done" else []
+        rows.append((ready.name, number, ", ".join(waits) or "-", str(ready.folder)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    folder = next(decision.ready.folder for decision in decisions if decision.ready.name in {**jobs, **queued})
+    return "\n".join([*lines, "", "next:", f"  signscale status {folder}", f"  signscale logs -f {folder}"])
+
+
+class _Undo:
+    """Takes a submission back that did not come to its end: jobs out of the queue, files as they were."""
+
+    def __init__(self, jobs: Sequence[JobDirectory]) -> None:
+        self.submitted: list[str] = []
+        self._jobs = jobs
+        self._files: dict[Path, bytes | None] = {}
+
+    def __enter__(self) -> _Undo:
+        for job in self._jobs:
+            for name in _KEPT:
+                path = job.folder / name
+                self._files[path] = path.read_bytes() if path.is_file() else None
+            if job.snapshot.is_dir():
+                _aside(job).parent.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(_aside(job), ignore_errors=True)
+                job.snapshot.rename(_aside(job))
+        self._missing = {folder for job in self._jobs for folder in _missing_folders(job.folder)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            for job in self._jobs:
+                shutil.rmtree(_aside(job), ignore_errors=True)
+            return
+        remaining = self._cancel()
+        self._restore()
+        if isinstance(error, InputError):
+            said = f"; {remaining}" if remaining else ""
+            raise InputError([*error.problems, f"no stage was left in the queue, and no file changed{said}"]) from error
+
+    def _cancel(self) -> str:
+        if not self.submitted:
+            return ""
+        command = ["scancel", *self.submitted]
+        done = subprocess.run(command, env=clean(os.environ), capture_output=True, text=True, check=False)
+        return f"but {' '.join(command)} failed: {done.stderr.strip()}" if done.returncode else ""
+
+    def _restore(self) -> None:
+        for job in self._jobs:
+            if _aside(job).is_dir():
+                shutil.rmtree(job.snapshot, ignore_errors=True)
+                _aside(job).rename(job.snapshot)
+        for path, content in self._files.items():
+            if content is not None:
+                write_text(path, content.decode())
+            else:
+                path.unlink(missing_ok=True)
+        own = {job.folder for job in self._jobs}
+        for folder in sorted(self._missing, key=lambda path: -len(path.parts)):
+            if folder in own:
+                shutil.rmtree(folder, ignore_errors=True)
+            elif folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def _aside(job: JobDirectory) -> Path:
+    return job.folder / ".snapshot-before"
+
+
+def _missing_folders(folder: Path) -> list[Path]:
+    return [path for path in (folder, *folder.parents) if not path.exists()]

@@ -1,0 +1,88 @@
+"""The attempt that a batch script leads: which one it is, what it has saved and said, and what came before it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.jobs.plan import Plan
+from launch.slurm.decision import ENDED_BY_SLURM
+from launch.slurm.environment import attempt_name, job_name, task_number
+from trainer.errors import InputError
+from trainer.job.directory import JobDirectory, LastWord
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leading:
+    """Which attempt at what this process leads."""
+
+    plan: Plan
+    job: JobDirectory
+    """Of an array, the task's own."""
+    job_id: str
+    """As squeue and scontrol name it: an array's task is 4711_3."""
+    task: int | None
+    """Number of the array's task; None: the job is none."""
+    restarts: int
+    """How often SLURM put the job back into the queue."""
+    attempt: str
+    nodes: str
+    """As SLURM abbreviates them."""
+
+    @property
+    def log(self) -> Path:
+        """Everything that the attempt says."""
+        return self.job.logs / f"{self.attempt}.log"
+
+    def saved_step(self) -> int | None:
+        """Return the step of the newest checkpoint; None where there is none."""
+        pointer = self.job.folder.parent / "checkpoints" / "last.json"
+        try:
+            return int(json.loads(pointer.read_text(encoding="utf-8"))["checkpoint"].rpartition("-")[2])
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{pointer}: is damaged ({error!r})") from error
+
+    def word(self) -> LastWord | None:
+        """Return the last word of this attempt, if it has left one."""
+        word = self.job.last_word()
+        return word if word is not None and word.attempt == self.attempt else None
+
+
+def find(folder: Path) -> Leading:
+    """Find out, in RUN/job and the batch script's environment. Raises `InputError` where this node sees no plan."""
+    job = JobDirectory(folder.absolute())
+    if not job.plan.exists():
+        where = f"{socket.gethostname()} does not see {job.plan}"
+        raise InputError(f"{where}; the run directory must lie on a file system that all nodes share")
+    plan, task = Plan.load(job.plan), task_number(os.environ)
+    return Leading(
+        plan=plan,
+        job=job if plan.tasks is None else plan.job_of(task),
+        job_id=job_name(os.environ),
+        task=task,
+        restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+        attempt=attempt_name(os.environ),
+        nodes=os.environ.get("SLURM_JOB_NODELIST", ""),
+    )
+
+
+def close_predecessors(leading: Leading) -> LastWord | None:
+    """Record the end of attempts that could not; return the last word of one that ended the whole job."""
+    word, saved = leading.job.last_word(), leading.saved_step()
+    over = None
+    for record in leading.job.history():
+        if record.ended is not None or record.attempt == leading.attempt:
+            continue
+        if word is not None and word.attempt == record.attempt:
+            leading.job.end(record.attempt, step=saved, word=word.word, reason=word.reason)
+            if word.word != "RESUME" and record.job_id == leading.job_id:
+                # SLURM took the job back between the last word and the end of its script.
+                over = word
+        else:
+            leading.job.end(record.attempt, step=saved, word=None, reason=ENDED_BY_SLURM)
+    return over

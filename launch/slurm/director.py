@@ -1,0 +1,221 @@
+"""Lead one attempt of a batch job, from the batch script; decide what becomes of the job when it has ended.
+
+    python -m launch.slurm.director --job RUN/job [--preflight COMMAND …] -- srun … python -m launch.slurm.agent …
+
+It takes the place of the batch script's shell, so SLURM's advance warning reaches it. What it is told it passes on
+as a request (RUN/job/STOP), since a signal to srun would end the ranks at once; what it decides, it decides by the
+words in RUN/job. The command after --preflight checks the nodes first and leaves RUN/job/preflight-<attempt>.json:
+{"ok": bool, "bad_nodes": ["node2"], "problems": ["…"]}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.pipeline.record import begin
+from launch.slurm import control
+from launch.slurm.attempt import Leading, close_predecessors, find
+from launch.slurm.control import ControlError
+from launch.slurm.decision import Decision, Preflight, Situation, decide
+from launch.slurm.needs import redirect_children
+from launch.slurm.relay import ExitNoise, notice_of_cancellation, relay, telling_line
+from launch.slurm.requests import StopRequests, say
+from launch.slurm.submit import submit
+from trainer.errors import InputError
+from trainer.exits import exit_on_input_error
+from trainer.job.directory import ATTEMPT, END_TIME, JOB, AttemptRecord
+
+_SECONDS_FOR_PREFLIGHT = 900.0
+_SECONDS_UNTIL_KILLED = 600.0
+"""How long a requeued script waits for SLURM to end it; KillWait is 30 s by default."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Lead the attempt; 0: the job is done, 1: it is not (a requeued script is ended by SLURM instead)."""
+    options, preflight, command = _parse(argv)
+    leading = find(options.job)
+    requests = StopRequests(leading.job, leading.attempt)
+    if (over := close_predecessors(leading)) is not None:
+        say(f"{over.attempt} left {over.word} ({over.reason}); nothing is left to do")
+        return over.code if over.word == "DONE" else 1
+    leading.job.begin(
+        AttemptRecord(
+            attempt=leading.attempt,
+            began=time.time(),
+            job_id=leading.job_id,
+            nodes=leading.nodes,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+        )
+    )
+    if (lacking := begin(leading.job)) is not None:
+        return _refuse(leading, lacking)
+    requests.open()
+    say(f"attempt {leading.attempt} on {leading.nodes}; its output: {leading.log}")
+    found = None
+    if leading.job.cancelled() is None:
+        environment = _environment(leading)
+        found = _check_nodes(preflight, leading, environment, options.job) if preflight else None
+        if found is None or found.ok:
+            _run(command, leading, environment)
+    requests.close()
+    return _conclude(leading, found)
+
+
+def _refuse(leading: Leading, lacking: str) -> int:
+    """End a pipeline's stage whose turn it is not: SLURM's dependencies know exit codes, not what was done."""
+    leading.job.leave_word("FAILED", attempt=leading.attempt, step=leading.saved_step(), reason=lacking, code=1)
+    leading.job.end(leading.attempt, step=leading.saved_step(), word="FAILED", reason=lacking)
+    say(lacking)
+    return 1
+
+
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
+    parser = argparse.ArgumentParser(prog="python -m launch.slurm.director", description=__doc__)
+    parser.add_argument("--job", type=Path, required=True, help="RUN/job")
+    words = list(argv)
+    cut = words.index("--") if "--" in words else len(words)
+    own, command = words[:cut], words[cut + 1 :]
+    at = own.index("--preflight") if "--preflight" in own else len(own)
+    options = parser.parse_args(own[:at])
+    if not command:
+        parser.error("expected -- and the command that starts the ranks")
+    return options, own[at + 1 :], command
+
+
+def _environment(leading: Leading) -> dict[str, str]:
+    environment = dict(os.environ) | {JOB: str(leading.job.folder), ATTEMPT: leading.attempt}
+    if (end := control.end_time(leading.job_id, os.environ)) is not None:
+        environment[END_TIME] = str(end)
+    return environment
+
+
+def _run(command: Sequence[str], leading: Leading, environment: dict[str, str]) -> None:
+    """Run the command to its end, its output into the attempt's log and on."""
+    leading.job.logs.mkdir(parents=True, exist_ok=True)
+    noise = ExitNoise(lambda: (word := leading.word()) is not None and word.word == "DONE")
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
+    ) as process:
+        assert process.stdout is not None
+        relay(process.stdout, leading.log, sys.stdout.buffer, noise)
+    if noise.lines:
+        say(f"left out {noise.lines} lines in which a launcher complains that another node was done before it")
+
+
+def _check_nodes(
+    command: Sequence[str], leading: Leading, environment: dict[str, str], folder: Path
+) -> Preflight | None:
+    """Run the check of the nodes; None: it left no result, which says no more than an attempt without a word."""
+    result = folder / f"preflight-{leading.attempt}.json"
+    say("checking the nodes")
+    _run(["timeout", "--kill-after=30", str(_SECONDS_FOR_PREFLIGHT), *command], leading, environment)
+    try:
+        content = json.loads(result.read_text(encoding="utf-8"))
+        return Preflight(
+            ok=bool(content["ok"]), bad_nodes=tuple(content["bad_nodes"]), problems=tuple(content["problems"])
+        )
+    except FileNotFoundError:
+        say(f"the check of the nodes left no {result.name}; starting all the same")
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{result}: is no result of a check of nodes ({error!r})") from error
+
+
+def _conclude(leading: Leading, found: Preflight | None) -> int:
+    """Decide, record the end, and put the job back into the queue where it is to go on."""
+    job, attempt = leading.job, leading.attempt
+    if (owner := job.owner_attempt()) != attempt:
+        say(f"attempt {owner} has taken over; leaving everything to it")
+        return 1
+    state: dict[str, str] = {}
+    try:
+        state = control.show(leading.job_id)
+    except ControlError as error:
+        say(f"SLURM does not say how this job stands: {error}")
+    if state and int(state["Restarts"]) != leading.restarts:
+        say("SLURM has put the job back into the queue by itself")
+        return 1
+    word, saved = leading.word(), leading.saved_step()
+    decision = decide(
+        Situation(
+            earlier=[record for record in job.history() if record.attempt != attempt],
+            word=word,
+            saved=saved,
+            asked=_asked_to_end(leading, state),
+            preflight=found,
+            nodes=control.node_names(leading.nodes) if found is not None and not found.ok else (),
+            may_requeue=state.get("Requeue", "1") == "1",
+            limit=leading.plan.max_attempts_without_progress,
+            trouble=telling_line(leading.log),
+        )
+    )
+    said = word.word if word is not None else None
+    if decision.action == "fail" and said != "FAILED":
+        said = "FAILED"
+        job.leave_word(said, attempt=attempt, step=saved, reason=decision.reason, code=1)
+    job.end(attempt, step=saved, word=said, reason=decision.reason)
+    say(f"{decision.action}: {decision.reason}" + ("" if saved is None else f" (step {saved} is saved)"))
+    if decision.action == "requeue":
+        _requeue(leading, decision)
+    elif decision.action == "resubmit":
+        _resubmit(leading, decision, "")
+    return word.code if decision.action == "done" and word is not None else 1
+
+
+def _asked_to_end(leading: Leading, state: dict[str, str]) -> str | None:
+    if (cancelled := leading.job.cancelled()) is not None:
+        return cancelled.reason
+    # SLURM would requeue even a job that was cancelled; and while it ends it, it does not say why.
+    ending = state.get("JobState") == "COMPLETING" and notice_of_cancellation(leading.log) == ""
+    return "scancel" if ending or state.get("JobState") == "CANCELLED" else None
+
+
+def _requeue(leading: Leading, decision: Decision) -> None:
+    try:
+        control.requeue(leading.job_id)
+    except ControlError as error:
+        return _resubmit(leading, decision, f"the requeue was refused: {error}; ")
+    if decision.exclude:
+        try:
+            control.exclude(leading.job_id, decision.exclude)
+        except ControlError as error:
+            say(f"SLURM does not exclude {', '.join(decision.exclude)}: {error}")
+    # A script that ended now, before SLURM ends it, would make the job COMPLETED or FAILED for good.
+    time.sleep(_SECONDS_UNTIL_KILLED)
+    return say("SLURM took the requeue, but did not end this script")
+
+
+def _resubmit(leading: Leading, decision: Decision, refusal: str) -> None:
+    """Submit the job's script anew, to start when this job has ended. Leaves FAILED where SLURM refuses that too."""
+    # Of an array, one task alone; as a singleton it would wait for all the others, which have the same name.
+    after = "singleton" if leading.task is None else f"afterany:{leading.job_id}"
+    array = None if leading.task is None else str(leading.task)
+    try:
+        job_id = submit(
+            leading.plan.job.script,
+            job=leading.plan.job,
+            dependencies=[after],
+            array=array,
+            exclude=decision.exclude,
+        )
+    except InputError as error:
+        reason = f"SLURM takes the job neither back nor anew: {refusal}{'; '.join(error.problems)}"
+        leading.job.leave_word("FAILED", attempt=leading.attempt, step=leading.saved_step(), reason=reason, code=1)
+        return say(reason)
+    say(f"{refusal}submitted anew as {job_id}")
+    for line in redirect_children(leading.job):
+        say(line)
+    return None
+
+
+if __name__ == "__main__":
+    exit_on_input_error(lambda: main(sys.argv[1:]))

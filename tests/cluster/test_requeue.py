@@ -1,0 +1,120 @@
+"""Jobs that lose their place or their time go on where they were, and end with every step done once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.cluster import Cluster
+from tests.cluster.jobs import StubJob
+from trainer.job.directory import read_lines
+
+BRIEF = ["--step_seconds", "0.02"]
+
+
+def test_an_undisturbed_job_takes_one_attempt(shared_cluster: Cluster, tmp_path: Path) -> None:
+    with StubJob(shared_cluster, tmp_path / "undisturbed") as job:
+        job.finish()
+        job.check_complete()
+        assert job.words() == ["DONE"]
+
+
+def test_preempted_by_a_job_of_higher_priority(cluster: Cluster, tmp_path: Path) -> None:
+    with StubJob(cluster, tmp_path / "run", options=["--partition", "low"]) as job:
+        job.wait_for_step()
+        other = cluster.sbatch("--partition=high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+        cluster.wait_for_state(other, "COMPLETED")
+        job.finish()
+        job.check_complete()
+        # The ranks were asked, saved at a step of their own choice, and left before the grace was over.
+        assert job.words() == ["RESUME", "DONE"]
+
+
+@pytest.mark.slow
+def test_the_time_limit_hit_twice(shared_cluster: Cluster, tmp_path: Path) -> None:
+    # A warning 59 s before the end of a minute: SLURM gives it as soon as it looks at the job.
+    with StubJob(shared_cluster, tmp_path / "limited", sbatch=["--time=1", "--signal=B:USR2@59"]) as job:
+        for attempt in (1, 2):
+            job.wait_for_step(attempt)
+            shared_cluster.wait_for_requeue(job.job_id)
+            assert job.words() == ["RESUME"] * attempt
+            shared_cluster.release(job.job_id)
+        job.finish()
+        job.check_complete()
+        assert "SIGUSR2" in job.output()
+
+
+def test_warned_twice_of_the_time_limit(shared_cluster: Cluster, tmp_path: Path) -> None:
+    with StubJob(shared_cluster, tmp_path / "warned") as job:
+        for attempt in (1, 2):
+            job.wait_for_step(attempt)
+            job.warn()
+            shared_cluster.wait_for_requeue(job.job_id)
+            shared_cluster.release(job.job_id)
+        job.finish()
+        job.check_complete()
+        assert job.words() == ["RESUME", "RESUME", "DONE"]
+
+
+def test_where_requeue_is_forbidden_the_job_is_submitted_anew(shared_cluster: Cluster, tmp_path: Path) -> None:
+    with StubJob(shared_cluster, tmp_path / "anew", options=["--no_requeue"]) as job:
+        job.wait_for_step()
+        job.warn()
+        shared_cluster.wait_until(lambda: len(job.submissions()) == 2, "a second submission")
+        job.finish(job.submissions()[1])
+        job.check_complete()
+        assert job.words() == ["RESUME", "DONE"]
+        assert read_lines(job.job.submissions)[1]["after"] == ["singleton"]
+
+
+@pytest.mark.slow
+def test_attempts_that_save_steps_are_never_too_many(shared_cluster: Cluster, tmp_path: Path) -> None:
+    # Each attempt fails after 12 steps, of which it saved 10.
+    with StubJob(
+        shared_cluster,
+        tmp_path / "progress",
+        stub_options=["--steps", "30", "--fail_after", "12", *BRIEF],
+        options=["--max_attempts_without_progress", "1"],
+    ) as job:
+        assert shared_cluster.wait_for_end(job.job_id).state == "COMPLETED"
+        job.check_complete()
+        assert job.words() == [None, None, "DONE"]
+
+
+def test_attempts_without_progress_end_with_the_reason(shared_cluster: Cluster, tmp_path: Path) -> None:
+    with StubJob(
+        shared_cluster,
+        tmp_path / "stuck",
+        stub_options=["--fail_after", "3", *BRIEF],
+        options=["--max_attempts_without_progress", "2"],
+    ) as job:
+        assert shared_cluster.wait_for_end(job.job_id).state == "FAILED"
+        word = job.job.last_word()
+        assert word is not None
+        assert word.word == "FAILED"
+        assert "2 attempts in a row made no progress (no step is saved)" in word.reason
+        assert "this attempt fails after 3 steps" in word.reason
+        assert job.words() == [None, "FAILED"]
+
+
+def test_a_mistake_of_the_user_is_not_tried_again(shared_cluster: Cluster, tmp_path: Path) -> None:
+    with StubJob(shared_cluster, tmp_path / "mistake", stub_options=["--mistake", "glosses.csv: not there"]) as job:
+        assert shared_cluster.wait_for_end(job.job_id, releasing=False).state == "FAILED"
+        word = job.job.last_word()
+        assert word is not None
+        assert (word.word, word.reason) == ("FAILED", "glosses.csv: not there")
+        assert job.words() == ["FAILED"]
+
+
+@pytest.mark.parametrize("how", ["cancel", "scancel"])
+def test_a_cancelled_job_does_not_come_back(shared_cluster: Cluster, tmp_path: Path, how: str) -> None:
+    with StubJob(shared_cluster, tmp_path / f"the {how}led") as job:
+        job.wait_for_step()
+        if how == "scancel":
+            shared_cluster.run("scancel", job.job_id)
+        else:
+            job.job.cancel("cancelled by a test")
+        end = shared_cluster.wait_for_end(job.job_id, releasing=False)
+        assert (end.state, end.restarts) == ("CANCELLED" if how == "scancel" else "FAILED", 0), job.output()
+        assert str(job.job.history()[0].reason).startswith("stopped on request: ")

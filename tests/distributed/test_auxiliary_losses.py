@@ -1,0 +1,91 @@
+"""What training alone adds to a model: the same losses and gradients on any number of ranks, cut in any way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.conftest import column, launch, train
+from tests.distributed import backends
+
+VAC = ["--visual_ctc_weight", "0.7", "--alignment_weight", "2", "--alignment_temperature", "4"]
+SHORT = [
+    *["--max_steps", "8", "--evaluate_every", "8", "--log_every", "1", "--gradient_accumulation_steps", "1"],
+    *["--warmup_epochs", "0", "--learning_rate", "1e-3", "--batch_size", "6"],
+]
+WHOLE = ["--augment", "true", "--mixup_alpha", "0.4", "--dropout", "0.3", "--label_smoothing", "0.1"]
+TERMS = ("ctc_loss", "distillation_loss", "feature_loss", "visual_ctc_loss", "alignment_loss")
+EVERYTHING, SOME = "100000", "150"
+
+
+@pytest.fixture(scope="module")
+def teacher(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher of another stride and with features of another size than its students'."""
+    run = tmp_path_factory.mktemp("teacher") / "run"
+    flags = ["--max_steps", "20", "--evaluate_every", "20", "--learning_rate", "1e-2", "--warmup_epochs", "0"]
+    train(1, corpus, run, *flags, "--total_stride", "2", "--rnn_size", "20", *VAC)
+    return run
+
+
+def taught(teacher: Path) -> list[str]:
+    return ["--teacher", str(teacher), "--feature_weight", "1.5", "--distill_blank_weight", "0.4", *VAC]
+
+
+def test_terms_and_gradients_of_a_global_batch_are_those_of_one_process(
+    corpus: Path, tmp_path: Path, teacher: Path
+) -> None:
+    worker = str(Path(__file__).parent / "gradient_worker.py")
+    found = []
+    for world_size, budget in ((1, EVERYTHING), (2, SOME)):
+        out = tmp_path / f"{len(found)}.safetensors"
+        arguments = [str(out), str(corpus), str(tmp_path / f"run{len(found)}"), budget, *taught(teacher)]
+        launch(world_size, worker, arguments)
+        found.append(load_file(out))
+    largest = max(float(np.abs(value).max()) for name, value in found[0].items() if not name.startswith("term/"))
+    for name in ("visual.weight", "projection.weight"):
+        assert np.abs(found[0][f"head.auxiliary.{name}"]).max() > 1e-3, "a gradient that vanishes would agree"
+    for name in TERMS:
+        assert found[0][f"term/{name}"] > 1e-2
+    assert found[1].keys() == found[0].keys()
+    for name, expected in found[0].items():
+        if name.startswith("term/"):
+            np.testing.assert_allclose(found[1][name], expected, rtol=1e-6, err_msg=name)
+        else:
+            assert np.abs(found[1][name] - expected).max() <= 1e-6 * max(1.0, largest), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["student", "teacher"])
+def test_all_terms_follow_one_curve_on_one_rank_and_on_two(
+    corpus: Path, tmp_path: Path, teacher: Path, model: str
+) -> None:
+    runs = []
+    for world_size, budget in ((1, EVERYTHING), (1, SOME), (2, SOME)):
+        runs.append(tmp_path / str(len(runs)))
+        flags = [*SHORT, *WHOLE, *taught(teacher), "--model", model, "--max_frames_per_microbatch", budget]
+        train(world_size, corpus, runs[-1], *flags, "--width", "0.1")
+    for name in ("loss", *TERMS):
+        expected = np.array(column(runs[0], f"train/{name}"))
+        assert len(expected) == 8
+        assert expected.min() > 1e-3, "a term that vanishes would agree with anything"
+        for run in runs[1:]:
+            found = np.array(column(run, f"train/{name}"))
+            np.testing.assert_allclose(found[0], expected[0], rtol=1e-6, err_msg=name)
+            np.testing.assert_allclose(found, expected, rtol=2e-5, err_msg=name)
+    weighted = zip((0.3, 0.7, 1.5, 0.7, 2.0), TERMS, strict=True)
+    total = sum(weight * np.array(column(runs[0], f"train/{name}")) for weight, name in weighted)
+    np.testing.assert_allclose(column(runs[0], "train/loss"), total, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["zero1", "zero3", "fsdp2"])
+def test_sharded_backends_follow_it(corpus: Path, tmp_path: Path, teacher: Path, backend: str) -> None:
+    flags = [*SHORT, *taught(teacher), "--max_steps", "5", "--max_frames_per_microbatch", SOME]
+    train(1, corpus, tmp_path / "whole", *flags)
+    backends.run(backend, 2, corpus, tmp_path / "parts", *flags, "--activation_checkpointing", "true")
+    for name in ("loss", "feature_loss", "visual_ctc_loss", "alignment_loss"):
+        expected = column(tmp_path / "whole", f"train/{name}")
+        np.testing.assert_allclose(column(tmp_path / "parts", f"train/{name}"), expected, rtol=2e-5)

@@ -1,0 +1,97 @@
+"""The copy of the code that a batch job takes along."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launch.jobs import snapshot
+from launch.jobs.snapshot import describe_code, list_files, take_snapshot
+from trainer.errors import InputError
+
+
+def git(root: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    return subprocess.run(["git", "-C", root, *identity, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A repository with a file of every kind."""
+    root = tmp_path / "a repo"
+    for name in ("trainer/__init__.py", "trainer/deleted.py", "launch/__init__.py", "trainer/ü n.py"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"# {name}\n")
+    (root / ".gitignore").write_text("/runs/\n")
+    git(root, "init", "-q")
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", "first")
+    (root / "trainer" / "__init__.py").write_text("# changed\n")
+    (root / "trainer" / "deleted.py").unlink()
+    (root / "trainer" / "new.py").write_text("# new\n")
+    (root / "runs").mkdir()
+    (root / "runs" / "weights").write_bytes(b"0" * 1000)
+    (root / "trainer" / "run.sh").write_text("#!/bin/sh\n")
+    (root / "trainer" / "run.sh").chmod(0o755)
+    (root / "inner").symlink_to("trainer/new.py")
+    (root / "outer").symlink_to(tmp_path)
+    return root
+
+
+def test_a_snapshot_is_the_code_as_it_is_now(repository: Path, tmp_path: Path) -> None:
+    target = tmp_path / "run" / "job" / "snapshot"
+    code = take_snapshot(target, repository)
+    assert (code.commit, code.changed) == (git(repository, "rev-parse", "HEAD").strip(), True)
+    assert (target / "trainer" / "__init__.py").read_text() == "# changed\n"
+    assert (target / "trainer" / "new.py").exists()
+    assert (target / "trainer" / "ü n.py").exists()
+    assert (target / "trainer" / "run.sh").stat().st_mode & 0o111
+    assert (target / "inner").read_text() == "# new\n"
+    assert (target / "outer").resolve() == tmp_path.resolve()
+    assert not (target / "trainer" / "deleted.py").exists()
+    assert not (target / "runs").exists()
+    difference = (target / "diff.patch").read_text()
+    assert "+# changed" in difference
+    assert "deleted file" in difference
+    assert json.loads((target / "snapshot.json").read_text())["commit"] == code.commit
+
+
+def test_a_new_snapshot_takes_the_old_ones_place(repository: Path, tmp_path: Path) -> None:
+    target = tmp_path / "snapshot"
+    take_snapshot(target, repository)
+    (repository / "trainer" / "new.py").unlink()
+    take_snapshot(target, repository)
+    assert not (target / "trainer" / "new.py").exists()
+    assert [path.name for path in tmp_path.glob(".snapshot*")] == []
+
+
+def test_clean_code_says_so(repository: Path) -> None:
+    git(repository, "add", "-A")
+    git(repository, "commit", "-qm", "second")
+    assert not describe_code(repository).changed
+
+
+def test_installed_packages_are_copied_where_there_is_no_repository(tmp_path: Path) -> None:
+    """Site-packages within somebody else's repository are not that repository's code."""
+    outer = tmp_path / "project"
+    outer.mkdir()
+    git(outer, "init", "-q")
+    root = outer / ".venv" / "site-packages"
+    for name in ("trainer/data/a.py", "trainer/__pycache__/a.pyc", "launch/slurm/job.sh.j2", "torch/huge.so"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("x")
+    (outer / ".gitignore").write_text(".venv/\n")
+    assert describe_code(root).commit is None
+    assert [str(path) for path in list_files(root)] == ["launch/slurm/job.sh.j2", "trainer/data/a.py"]
+    take_snapshot(tmp_path / "copy", root)
+    assert (tmp_path / "copy" / "launch" / "slurm" / "job.sh.j2").exists()
+
+
+def test_data_beside_the_code_is_not_copied_but_named(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot, "_MOST_MEGABYTES", 1)
+    (repository / "features.bin").write_bytes(b"0" * 1_500_000)
+    with pytest.raises(InputError, match=r"features.bin \(2 MB\).*name data and results in .gitignore"):
+        list_files(repository)

@@ -1,0 +1,1 @@
+"""What is wrong with the machines, the corpus or the run, found before GPU hours are spent."""
