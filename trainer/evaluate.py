@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.content import Checkpoint, read_checkpoint
-from trainer.checkpoint.store import find_checkpoint
+from trainer.checkpoint.store import find_checkpoint, run_folder_of
 from trainer.checkpoint.trained import restore_trained
 from trainer.data.loader import EvaluationLoader
 from trainer.data.opening import OpenCorpus
@@ -176,7 +176,7 @@ def _read_clips(options: argparse.Namespace, checkpoint: Checkpoint, progress: P
 
 def _default_output(folder: Path) -> Path:
     """Return RUN/evaluation; a checkpoint outside a run gets a folder beside it."""
-    return (folder.parents[1] if folder.parent.name == "checkpoints" else folder.parent) / "evaluation"
+    return run_folder_of(folder) / "evaluation"
 
 
 def _report(

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from trainer.checkpoint.content import Checkpoint, read_checkpoint
-from trainer.checkpoint.store import find_checkpoint
+from trainer.checkpoint.store import find_checkpoint, run_folder_of
 from trainer.checkpoint.trained import restore_trained
 from trainer.data.opening import OpenCorpus
 from trainer.data.table import Split
@@ -154,7 +154,7 @@ def _corpus(options: argparse.Namespace, checkpoint: Checkpoint, progress: Progr
 
 def _default_output(folder: Path, split: str) -> Path:
     """Return RUN/soft_targets/SPLIT; a checkpoint outside a run gets a folder beside it."""
-    return (folder.parents[1] if folder.parent.name == "checkpoints" else folder.parent) / "soft_targets" / split
+    return run_folder_of(folder) / "soft_targets" / split
 
 
 def _describe(options: argparse.Namespace, folder: Path, checkpoint: Checkpoint, clips: Split) -> Extraction:
