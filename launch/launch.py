@@ -34,6 +34,10 @@ def main(argv: Sequence[str]) -> int:
         make_parser(way).print_help()
         return 0
     options = parse_options(way, own)
+    if options.sweep:
+        from launch.sweep.start import launch_sweep
+
+        return launch_sweep(way, options, command)
     return launch(prepare(way, options, command), options)
 
 
