@@ -56,11 +56,24 @@ def run(argv: Sequence[str]) -> int:
         from trainer.parsing import parse_recipe
 
         parse_recipe(argv[1:])
+    if argv[0] in ("train", "evaluate", "extract") and "--on" in argv:
+        return _start_on(argv)
     if argv[0] not in COMMANDS:
         raise InputError(f"unknown command {argv[0]!r}; expected one of {', '.join(COMMANDS)}")
     code: int | None = importlib.import_module(COMMANDS[argv[0]][0]).main(list(argv[1:]))
     # As it is: an exit code may say more than its number (`trainer.exits.Outcome`).
     return 0 if code is None else code
+
+
+def _start_on(argv: Sequence[str]) -> int:
+    """Read `train --on slurm …` as `launch slurm -- train …`."""
+    words = list(argv)
+    place = words.index("--on")
+    if place + 1 == len(words):
+        raise InputError("--on: say where: debug, local or slurm")
+    way = words[place + 1]
+    del words[place : place + 2]
+    return int(importlib.import_module("launch.launch").main([way, "--", *words]) or 0)
 
 
 def main() -> None:

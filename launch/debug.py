@@ -69,6 +69,10 @@ def run(plan: Plan, options: DebugOptions) -> int:
     except BaseException as error:
         job.end(attempt, step=None, word=None, reason=f"ended by {type(error).__name__}")
         raise
+    finally:
+        # The command line that this was typed on is no rank: its end is not the job's last word.
+        for name in (JOB, ATTEMPT, TOKEN):
+            os.environ.pop(name, None)
     job.leave_word(outcome.word, attempt=attempt, step=outcome.step, reason=outcome.reason, code=int(outcome))
     job.end(attempt, step=outcome.step, word=outcome.word, reason=outcome.reason)
     return int(outcome)

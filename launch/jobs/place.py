@@ -90,16 +90,13 @@ def _understand_train(rest: Sequence[str]) -> Command:
 
 def _understand_options(name: str, rest: Sequence[str]) -> Command:
     # Loads torch; the command's own parser is the one that knows all that can be wrong.
-    from trainer.checkpoint.store import MANIFEST
+    from trainer.checkpoint.store import MANIFEST, run_folder_of
 
     options = importlib.import_module(MODULES[name]).parse_options(rest)
     words = (name, *_absolute_words(rest, set(_OPTION_PATHS[name])))
     checkpoint = Path(options.checkpoint).absolute()
-    if checkpoint.parent.name == "checkpoints":
-        owner = checkpoint.parents[1]
-    else:
-        # A checkpoint outside a run has its results beside it.
-        owner = checkpoint.parent if (checkpoint / MANIFEST).is_file() else checkpoint
+    is_checkpoint = checkpoint.parent.name == "checkpoints" or (checkpoint / MANIFEST).is_file()
+    owner = run_folder_of(checkpoint) if is_checkpoint else checkpoint
     if name == "extract":
         run = Path(options.output).absolute() if options.output else owner / "soft_targets" / options.split
     else:

@@ -94,11 +94,11 @@ def test_sbatch_accepts_what_is_rendered(shared_cluster: Cluster, tmp_path: Path
     [
         (["--partition", "nowhere"], "look at --partition"),
         (["--gpus_per_node", "a100:4"], "--gpus_per_node"),
-        (["--mem", "900G"], "--mem"),
+        pytest.param(["--mem", "900G"], "--mem", marks=pytest.mark.slow),
         (["--constraint", "nvlink"], "look at --constraint"),
-        (["--nodelist", "node9"], "look at --nodelist"),
+        pytest.param(["--nodelist", "node9"], "look at --nodelist", marks=pytest.mark.slow),
         (["--sbatch", "no-such-option=1"], "look at --sbatch"),
-        (["--reservation", "none"], "look at --reservation"),
+        pytest.param(["--reservation", "none"], "look at --reservation", marks=pytest.mark.slow),
     ],
 )
 def test_a_refusal_is_shown_with_the_option_to_blame(
@@ -110,7 +110,9 @@ def test_a_refusal_is_shown_with_the_option_to_blame(
     assert blamed in refused.stderr, refused.stderr
 
 
-@pytest.mark.parametrize("options", [["--nodes", "99"], ["--cpus_per_task", "900"]])
+@pytest.mark.parametrize(
+    "options", [["--nodes", "99"], pytest.param(["--cpus_per_task", "900"], marks=pytest.mark.slow)]
+)
 def test_a_job_that_could_never_start_is_queued_with_a_warning(
     shared_cluster: Cluster, tmp_path: Path, options: list[str]
 ) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.cli import run
 from launch.jobs.place import understand
 from launch.jobs.plan import Plan
 from launch.launch import main
@@ -48,10 +49,22 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     cpu = ["--cpu", "--processes", "2"] if way == "local" else []
     assert main([way, "--dry-run", *cpu, "--", *TRAIN, "--output_dir", "runs/a"]) == 0
     shown = plan_printed(capsys)
-    run = tmp_path / "runs" / ("a-debug" if way == "debug" else "a")
-    assert (shown["way"], shown["run"]) == (way, str(run))
+    folder = tmp_path / "runs" / ("a-debug" if way == "debug" else "a")
+    assert (shown["way"], shown["run"]) == (way, str(folder))
     assert f"--data_dir {tmp_path}/corpus" in shown["command"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_command_may_say_itself_where_it_runs(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="unknown way 'mars'"):
+        run([*TRAIN, "--on", "mars"])
+    with pytest.raises(InputError, match="say where"):
+        run([*TRAIN, "--on"])
+    job = JobDirectory.of(tmp_path / "r")
+    job.begin(AttemptRecord(attempt=f"local-1-{os.getpid()}", began=time.time(), host=platform.node(), pid=os.getpid()))
+    # As far as the launcher, which finds this very process at work there.
+    with pytest.raises(InputError, match="works on it already"):
+        run([*TRAIN, "--on", "slurm", "--output_dir", "r"])
 
 
 def test_a_dry_run_on_a_cluster_prints_the_whole_script(capsys: pytest.CaptureFixture[str]) -> None:

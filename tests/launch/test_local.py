@@ -207,6 +207,7 @@ def test_under_accelerate_the_ranks_message_stands_alone(run: Path) -> None:
     assert "torch" not in said.partition("error: what")[2]
 
 
+@pytest.mark.slow
 def test_under_accelerate_one_signal_reaches_the_ranks_once(run: Path) -> None:
     launched = start(run, "wait", "--launcher", "accelerate")
     ranks = ranks_of(run)
