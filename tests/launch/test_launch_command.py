@@ -110,14 +110,14 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_a_command_writes_to_decides_where_its_job_is_kept(tmp_path: Path) -> None:
-    for words, run in (
+    for words, folder in (
         ([*TRAIN, "--output_dir", "r"], "r"),
         (["evaluate", "--checkpoint", "r", "--split", "dev"], "r/evaluation-job-dev"),
         (["evaluate", "--checkpoint", "r/checkpoints/best"], "r/evaluation-job-test"),
         (["extract", "--checkpoint", "r"], "r/soft_targets/train"),
         (["extract", "--checkpoint", "r", "--output", "out"], "out"),
     ):
-        assert understand(words).run == tmp_path / run
+        assert understand(words).run == tmp_path / folder
     assert understand(["-m", "any", "x"], run=Path("r")).run == tmp_path / "r"
 
 
