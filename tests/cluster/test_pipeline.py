@@ -17,8 +17,10 @@ from launch.pipeline.definition import Definition, Stage
 from launch.pipeline.resolving import Ready
 from launch.pipeline.slurm import find_queued, submit_pipeline
 from launch.prepare import prepare
+from launch.sweep.table import record
 from tests.cluster import stub
 from tests.cluster.cluster import Cluster
+from tests.cluster.jobs import StubJob
 from trainer.errors import InputError
 from trainer.job.directory import JobDirectory, read_lines
 
@@ -186,3 +188,21 @@ def test_a_refused_stage_leaves_nothing_behind(
     assert f"test-{tmp_path.name}" not in queue
     # And nothing had begun.
     monkeypatch.undo()
+
+
+def test_the_last_run_of_a_sweep_shows_the_table(shared_cluster: Cluster, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    settings = [{"seed": "0"}, {"seed": "1"}, {"seed": "2"}]
+    record(out, [(out / str(task), one) for task, one in enumerate(settings)])
+    for task, wer in enumerate((30.0, 10.0, 20.0)):
+        (out / str(task)).mkdir(parents=True)
+        (out / str(task) / "metrics.jsonl").write_text(f'{{"step": 5, "val/wer": {wer}}}\n')
+    job = StubJob(shared_cluster, out, nodes=1, ranks_per_node=1, stub_options=["--steps", "5"], tasks=3)
+    for task in range(3):
+        assert shared_cluster.wait_for_end(f"{job.job_id}_{task}").state == "COMPLETED"
+    shown = [text for path in job.job.logs.glob("slurm*.out") if "all runs of this sweep" in (text := path.read_text())]
+    assert shown
+    table = shown[0].partition("all runs of this sweep have ended\n")[2].splitlines()
+    assert [line.split()[0] for line in table[:4]] == ["seed", "1", "2", "0"]
+    assert table[4] == f"3 of 3 runs are done; best so far: {out}/1"
+    assert (out / "sweep.txt").read_text().splitlines() == table[:5]
