@@ -29,6 +29,7 @@ from launch.slurm.needs import redirect_children
 from launch.slurm.relay import ExitNoise, notice_of_cancellation, relay, telling_line
 from launch.slurm.requests import StopRequests, say
 from launch.slurm.submit import submit
+from launch.sweep.table import RECORD, publish
 from trainer.errors import InputError
 from trainer.exits import exit_on_input_error
 from trainer.job.directory import AttemptRecord
@@ -66,7 +67,11 @@ def main(argv: Sequence[str]) -> int:
         if found is None or found.ok:
             _run(command, leading)
     requests.close()
-    return _conclude(leading, found)
+    code = _conclude(leading, found)
+    is_sweep = leading.task is not None and (leading.plan.run / RECORD).exists()
+    if is_sweep and (table := publish(leading.plan.run)) is not None:
+        say(f"all runs of this sweep have ended\n{table}")
+    return code
 
 
 def _refuse(leading: Leading, lacking: str) -> int:
