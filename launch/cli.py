@@ -22,7 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "estimate": ("launch.estimate", "show what a recipe needs of memory under each backend, and what fits"),
     "doctor": ("launch.doctor", "look at machines, corpus and run on all ranks, before GPU hours are spent"),
     "describe": ("launch.describe", "show what a model costs: parameters, operations, time on a CPU"),
-    "sweep": ("launch.sweep_table", "show the runs of a sweep, best first"),
+    "sweep": ("launch.sweep.table", "show the runs of a sweep, best first"),
     "pipeline": ("launch.pipeline", "run the stages of a pipeline file, here or on SLURM, each after those it needs"),
     "compare": ("launch.compare", "put runs side by side: word error rate, size, speed, and whether the target is met"),
     "jobs": ("launch.job_list", "list the runs below a folder: what each is doing, and where"),

@@ -34,6 +34,10 @@ def main(argv: Sequence[str]) -> int:
         make_parser(way).print_help()
         return 0
     options = parse_options(way, own)
+    if options.sweep:
+        from launch.sweep.start import launch_sweep
+
+        return launch_sweep(way, options, command)
     return launch(prepare(way, options, command), options)
 
 
@@ -61,11 +65,14 @@ def launch(plan: Plan, options: LaunchOptions) -> int:
 
 
 def _submit(plan: Plan) -> int:
-    from launch.slurm.submit import require_cluster, submit
+    from launch.slurm.submit import foresee, require_cluster, submit
 
     require_cluster()
     plan = write(plan)
+    trouble = foresee(plan.job.script, job=plan.job)
     job_id = submit(plan.job.script, job=plan.job)
+    if trouble:
+        print(f"warning: the job may never start: {trouble}", file=sys.stderr)
     print(f"\nqueued as job {job_id}; next:")
     for command in ("status", "logs -f", "cancel"):
         print(f"  signscale {command} {plan.run}")

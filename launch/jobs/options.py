@@ -64,6 +64,8 @@ class LaunchOptions:
     profile: str | None = None
     """File that the batch job's options were completed from."""
     dry_run: bool = False
+    sweep: tuple[str, ...] = ()
+    """KEY=VALUE,VALUE each: every combination is a run of its own."""
 
 
 _KINDS: dict[Way, tuple[type[Any], str]] = {
@@ -81,6 +83,13 @@ def make_parser(way: Way) -> OptionParser:
         description="COMMAND is train, evaluate, extract, or -m MODULE. Dashes in option names may be typed for _.",
     )
     parser.add_argument("--dry_run", action="store_true", help="print the plan and the job script; start nothing")
+    if way != "debug":
+        parser.add_argument(
+            "--sweep",
+            action="append",
+            metavar="KEY=VALUE,VALUE",
+            help="train with each value of a setting; given again, with each combination (a job array on a cluster)",
+        )
     if way == "slurm":
         parser.add_argument("--profile", help="options of a cluster: a name in ~/.config/signscale/clusters, or a path")
     add_flags(parser, CommonOptions, "the job")
@@ -99,7 +108,7 @@ def parse_options(way: Way, argv: Sequence[str]) -> LaunchOptions:
     common = CommonOptions(**pick(CommonOptions))
     if min(common.max_attempts_without_progress, common.meeting_seconds) < 1:
         raise InputError("--max_attempts_without_progress, --meeting_seconds: expected 1 or more")
-    options = LaunchOptions(common=common, dry_run=given["dry_run"])
+    options = LaunchOptions(common=common, dry_run=given["dry_run"], sweep=tuple(given.get("sweep") or ()))
     if way == "slurm":
         profile = find_profile(given["profile"])
         slurm = merge(read_profile(profile) if profile else {}, pick(SlurmOptions))

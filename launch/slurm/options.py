@@ -60,7 +60,7 @@ class SlurmOptions:
     clusters: str = ""
     """Cluster of a federation to submit to."""
     array: str = ""
-    """Of a sweep: which of its tasks, and how many at a time: 0-8%%4 (default: all)."""
+    """Of a sweep: which of its tasks, and how many at a time: 0-8%%4, or %%4 (default: all that are not done)."""
     signal_seconds: int = 180
     """Seconds before the time limit at which the job is told to save and leave."""
     requeue: bool = True
@@ -130,7 +130,7 @@ _PATTERNS = {
     "mem_per_cpu": (r"\d+[KMGT]?", "a size such as 4G"),
     "mem_per_gpu": (r"\d+[KMGT]?", "a size such as 80G"),
     "export": (r"ALL|NONE|(?:ALL,)?[A-Za-z_]\w*(?:,[A-Za-z_]\w*)*", "ALL, NONE or names of variables, without values"),
-    "array": (r"[\d,\-:]+(?:%\d+)?", "numbers such as 0-8%4"),
+    "array": (r"\d[\d,\-:]*(?:%\d+)?|%\d+", "numbers such as 0-8%4"),
 }
 
 

@@ -27,10 +27,28 @@ def plan_of(run: Path, *options: str, command: Sequence[str] = ("x",), tasks: li
 
 
 VARIANTS = {
-    "plain": [],
-    "gpus": ["--nodes", "4", "--gpus_per_node", "a100:4", "--mem_per_gpu", "80G", "--time", "2-00:00:00", "--exclusive"],
+    "plain": ["--exclusive", "--preflight"],
+    "gpus": [
+        "--nodes",
+        "4",
+        "--gpus_per_node",
+        "a100:4",
+        "--mem_per_gpu",
+        "80G",
+        "--time",
+        "2-00:00:00",
+        "--exclusive",
+    ],
     "site": ["--modules", "gcc/12", "--modules", HOSTILE, "--setup", "export A=1", "--partition", "a,b", "--nice", "5"],
-    "venv": ["--venv", f"/opt/{HOSTILE}", "--constraint", "a100&nvlink|h100", "--exclude", "node[3,7-9]", "--preflight"],
+    "venv": [
+        "--venv",
+        f"/opt/{HOSTILE}",
+        "--constraint",
+        "a100&nvlink|h100",
+        "--exclude",
+        "node[3,7-9]",
+        "--preflight",
+    ],
     "conda": ["--conda", HOSTILE, "--no_requeue", "--export", "NONE", "--comment", HOSTILE, "--mail_user", HOSTILE],
     "apptainer": ["--container", f"/img/{HOSTILE}.sif", "--container_mounts", f"/a{HOSTILE}", "--preflight"],
     "pyxis": ["--container", "nvcr.io#nvidia/pytorch:24.01", "--container_mounts", "/data:/data:ro", "--preflight"],
@@ -50,7 +68,7 @@ def test_every_script_is_one_that_shells_and_their_critics_accept(tmp_path: Path
 
 def test_the_script_runs_with_every_value_as_it_was_typed(tmp_path: Path) -> None:
     """The whole script is executed, with an interpreter that writes down what it was given."""
-    work = tmp_path / HOSTILE.replace("/", "_")
+    work = tmp_path / HOSTILE.replace("\\", "_")
     work.mkdir()
     interpreter = work / "python $(touch CANARY)"
     interpreter.write_text('#!/bin/bash\nprintf "%s\\0" "$PWD" "$PYTHONPATH" "$@" >"$SEEN"\n')
@@ -84,7 +102,7 @@ def test_the_script_runs_with_every_value_as_it_was_typed(tmp_path: Path) -> Non
 
 
 def test_a_node_without_the_interpreter_is_named_and_fails_the_job(tmp_path: Path) -> None:
-    plan = write(plan_of(tmp_path / 'a "run"', "--interpreter", "/nowhere/\"my\" \\ python"))
+    plan = write(plan_of(tmp_path / 'a "run"', "--interpreter", '/nowhere/"my" \\ python'))
     outcome = subprocess.run(
         ["bash", plan.job.script], env={"PATH": os.environ["PATH"], "SLURM_JOB_ID": "7"}, capture_output=True, text=True
     )
@@ -107,7 +125,18 @@ def test_no_value_of_the_environment_stands_in_what_is_written(tmp_path: Path, m
 
 
 def test_options_become_the_lines_that_sbatch_reads(tmp_path: Path) -> None:
-    options = ["--nodes", "2", "--gpus_per_node", "4", "--cpus_per_task", "6", "--time", "90", "--signal_seconds", "120"]
+    options = [
+        "--nodes",
+        "2",
+        "--gpus_per_node",
+        "4",
+        "--cpus_per_task",
+        "6",
+        "--time",
+        "90",
+        "--signal_seconds",
+        "120",
+    ]
     lines = render(plan_of(tmp_path / "r%n", *options, "--no_requeue")).splitlines()
     for line in (
         "nodes=2",
@@ -144,6 +173,8 @@ def test_a_line_break_in_a_value_is_refused(tmp_path: Path, option: str) -> None
         plan_of(tmp_path / "run", option, value)
     with pytest.raises(InputError, match="holds a line break"):
         plan_of(tmp_path / "a\nb")
+    with pytest.raises(InputError, match="reads a backslash"):
+        plan_of(tmp_path / "a\\b")
 
 
 def test_what_a_plan_says_survives_its_file(tmp_path: Path) -> None:

@@ -119,7 +119,9 @@ def test_every_path_means_the_same_in_any_folder(tmp_path: Path) -> None:
     ]
     assert f"--output_dir={tmp_path}/r" in command.words
     assert understand(["train", "--data_dir", "s3://bucket/x"]).recipe["data_dir"] == "s3://bucket/x"  # type: ignore[index]
-    words = understand(["evaluate", "--checkpoint", "r", "--lm=x.arpa", "--output_dir", "o", "--protocol", "plain"]).words
+    words = understand(
+        ["evaluate", "--checkpoint", "r", "--lm=x.arpa", "--output_dir", "o", "--protocol", "plain"]
+    ).words
     assert words == (
         *("evaluate", "--checkpoint", f"{tmp_path}/r", f"--lm={tmp_path}/x.arpa"),
         *("--output_dir", f"{tmp_path}/o", "--protocol", "plain"),
@@ -130,9 +132,12 @@ def test_options_that_are_paths_are_all_known() -> None:
     """A new option of type Path has to be made absolute too."""
     from launch.jobs import place
 
+    decoder = (ROOT / "trainer" / "scoring" / "decoder.py").read_text()
     for name, known in place._OPTION_PATHS.items():
-        source = (ROOT / "trainer" / f"{name}.py").read_text() + (ROOT / "trainer" / "scoring" / "decoder.py").read_text()
-        named = {line.split('"--')[1].split('"')[0] for line in source.splitlines() if "type=Path" in line and '"--' in line}
+        source = (ROOT / "trainer" / f"{name}.py").read_text() + decoder
+        lines = [line for line in source.splitlines() if "type=Path" in line and '"--' in line]
+        named = {line.split('"--')[1].split('"')[0] for line in lines}
+        assert named
         assert named - {"lm"} <= set(known), name
 
 

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import InputError
+from trainer.files import write_json, write_text
 from trainer.job.directory import JobDirectory
 
 RECORD = "sweep.json"
-"""In the sweep's folder: its axes, and each task's run and settings."""
+TABLE = "sweep.txt"
+"""In the sweep's folder: each run with its settings; the table, as it stood when the last attempt ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,24 @@ def read_rows(out: Path) -> list[Row]:
     return sorted(rows, key=lambda row: (row.wer is None, row.wer or 0.0, row.run))
 
 
+def record(out: Path, tasks: Sequence[tuple[Path, dict[str, str]]]) -> None:
+    """Add runs, with their settings, to the record of a sweep."""
+    known = {str(run.absolute()): settings for run, settings in tasks}
+    path = out / RECORD
+    if path.exists():
+        known = {row.run: row.settings for row in read_rows(out) if Path(row.run).exists()} | known
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"tasks": [{"run": run, "settings": settings} for run, settings in known.items()]})
+
+
+def publish(out: Path) -> str | None:
+    """Write the table to OUT/sweep.txt as it stands now; return it if no run will go on by itself."""
+    rows = read_rows(out)
+    text = format_table(rows)
+    write_text(out / TABLE, text + "\n")
+    return text if is_over(rows) else None
+
+
 def is_over(rows: Sequence[Row]) -> bool:
     """Whether no run of the sweep will go on by itself."""
     return all(row.state in ("DONE", "FAILED") for row in rows)
@@ -55,13 +75,14 @@ def is_over(rows: Sequence[Row]) -> bool:
 
 def format_table(rows: Sequence[Row]) -> str:
     """Lay the runs out for a terminal."""
-    keys = list(rows[0].settings) if rows else []
+    # Sweeps over other settings may have come before, in the same folder.
+    keys = list(dict.fromkeys(key for row in rows for key in row.settings))
     table = [(*keys, "best dev WER", "at step", "step", "state")]
     for row in rows:
         wer = "-" if row.wer is None else f"{row.wer:.2f} %"
         state = row.state if row.state != "FAILED" else f"FAILED: {row.reason}"
         steps = ("-" if step is None else str(step) for step in (row.best_step, row.step))
-        table.append((*(row.settings[key] for key in keys), wer, *steps, state))
+        table.append((*(row.settings.get(key, "-") for key in keys), wer, *steps, state))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     last = len(widths) - 1
     lines = [

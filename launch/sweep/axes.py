@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import hashlib
 import itertools
@@ -38,14 +37,14 @@ class SweepTask:
     """The swept settings, as typed."""
 
     @property
-    def overrides(self) -> dict[str, Any]:
+    def words(self) -> list[str]:
         """Flags that come after the command's own."""
-        return {**self.settings, "output_dir": str(self.run)}
+        return [f"--{key}={value}" for key, value in {**self.settings, "output_dir": str(self.run)}.items()]
 
     @property
-    def words(self) -> list[str]:
-        """The same, as words of a command line."""
-        return [f"--{key}={value}" for key, value in self.overrides.items()]
+    def label(self) -> str:
+        """The settings, for people."""
+        return ", ".join(f"{key} {value}" for key, value in self.settings.items())
 
 
 def parse_axes(specifications: Sequence[str]) -> tuple[Axis, ...]:
@@ -91,68 +90,33 @@ def _split(text: str) -> list[str]:
 def make_tasks(arguments: Sequence[str], axes: Sequence[Axis]) -> tuple[SweepTask, ...]:
     """Combine the axes into tasks, the last axis fastest; each run lies in the recipe's output_dir.
 
-    `arguments` are those of `train`. Raises `InputError` with every value that the recipe refuses, and every
-    combination that is impossible.
+    `arguments` are those of `train`. Raises `InputError` with every value that the recipe refuses; whether a
+    combination is possible shows when its own recipe is parsed.
     """
     from trainer.parsing import parse_recipe
-    from trainer.recipe import Recipe, combination_problems
 
     base = parse_recipe(arguments, check=False)
     given = {word[2:].partition("=")[0] for word in arguments if word.startswith("--")}
     problems = [f"--sweep {axis.key}: --{axis.key} is given too; drop that" for axis in axes if axis.key in given]
-    typed: list[list[Any]] = []
     for axis in axes:
         found: list[Any] = []
         for value in axis.values:
             try:
-                recipe = parse_recipe([*arguments, f"--{axis.key}={value}"], check=False)
+                typed = parse_recipe([*arguments, f"--{axis.key}={value}"], check=False).flat()[axis.key]
             except InputError as error:
-                problems += [f"--sweep {axis.key}: {problem}" for problem in error.problems]
+                problems += [f"--sweep {problem.removeprefix('command line: ')}" for problem in error.problems]
                 continue
-            if recipe.flat()[axis.key] in found:
+            if typed in found:
                 problems.append(f"--sweep {axis.key}: {value} stands there twice; drop one")
-            found.append(recipe.flat()[axis.key])
-        typed.append(found)
+            found.append(typed)
+    combinations = itertools.product(*(axis.values for axis in axes))
+    settings = [dict(zip([axis.key for axis in axes], values, strict=True)) for values in combinations]
+    names = [folder_name(one) for one in settings]
+    problems += [f"{name}: two combinations would get this folder" for name in names if names.count(name) > 1]
     if problems:
         raise InputError(dict.fromkeys(problems))
     out = Path(base.run.output_dir)
-    keys = [axis.key for axis in axes]
-    tasks = []
-    for texts, values in zip(
-        itertools.product(*(axis.values for axis in axes)), itertools.product(*typed), strict=True
-    ):
-        settings = dict(zip(keys, texts, strict=True))
-        recipe = Recipe.from_flat(_without_derived(base, arguments) | dict(zip(keys, values, strict=True)))
-        label = ", ".join(f"{key} {value}" for key, value in settings.items())
-        problems += [f"{label}: {problem}" for problem in combination_problems(recipe)]
-        tasks.append(SweepTask(run=out / folder_name(settings), settings=settings))
-    folders = [task.run for task in tasks]
-    problems += [f"{run}: two combinations would get this folder" for run in folders if folders.count(run) > 1]
-    if problems:
-        raise InputError(_once(problems))
-    return tuple(tasks)
-
-
-def _without_derived(recipe: Any, arguments: Sequence[str]) -> dict[str, Any]:
-    """Return a recipe's fields without those that follow from the architecture, unless they were given."""
-    from trainer.recipe import ARCHITECTURE_HEADS, ModelRecipe
-
-    flat = dict(recipe.flat())
-    defaults = ModelRecipe(model=recipe.model.model)
-    for name in ("rnn_size", "rnn_layers"):
-        if flat[name] == getattr(defaults, name) and recipe.model.model in ARCHITECTURE_HEADS:
-            # A swept `model` brings its own size; the same size typed by hand cannot be told apart here, and is checked
-            # again when the run starts.
-            flat.pop(name)
-    return flat
-
-
-def _once(problems: Sequence[str]) -> list[str]:
-    """Say a problem once that many combinations have, with the first of them."""
-    found: dict[str, str] = {}
-    for problem in problems:
-        found.setdefault(problem.partition(": ")[2], problem)
-    return list(found.values())
+    return tuple(SweepTask(run=out / name, settings=one) for name, one in zip(names, settings, strict=True))
 
 
 def folder_name(settings: dict[str, str]) -> str:
@@ -162,11 +126,3 @@ def folder_name(settings: dict[str, str]) -> str:
     if safe == plain and len(safe) <= _LONGEST_NAME:
         return safe
     return f"{safe[: _LONGEST_NAME - 9]}-{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
-
-
-def describe(axes: Sequence[Axis], tasks: Sequence[SweepTask]) -> dict[str, Any]:
-    """Return the sweep's record, as sweep.json keeps it."""
-    return {
-        "axes": [dataclasses.asdict(axis) for axis in axes],
-        "tasks": [{"run": str(task.run.absolute()), "settings": task.settings} for task in tasks],
-    }
