@@ -99,6 +99,11 @@ def test_a_slow_neighbour_makes_nobody_slow() -> None:
     assert (found.verdict, found.nodes) == ("FAIL", ("c",))
     [found] = check_lines([("a", "b", 1e9), ("c", "d", 1e9), ("a", "c", 9e8)], leader="a")
     assert found.verdict == "ok"
+    # Quick enough by itself, and below half of the others: worth a word.
+    [found] = check_lines([("a", "b", 4e8), ("a", "c", 1.8e8), ("b", "c", 1.7e8)], leader="a")
+    assert (found.verdict, found.nodes) == ("warn", ())
+    [found] = check_lines([("a", "b", 1e10), ("a", "c", 1e9), ("b", "c", 1e9)], leader="a")
+    assert (found.verdict, found.nodes) == ("FAIL", ("c",))
     # All alike and slow: worth a word, and nobody's fault.
     [found] = check_lines([("a", "b", 1e7)], leader="a")
     assert (found.verdict, found.nodes) == ("warn", ())
