@@ -206,3 +206,6 @@ def test_the_last_run_of_a_sweep_shows_the_table(shared_cluster: Cluster, tmp_pa
     assert [line.split()[0] for line in table[:4]] == ["seed", "1", "2", "0"]
     assert table[4] == f"3 of 3 runs are done; best so far: {out}/1"
     assert (out / "sweep.txt").read_text().splitlines() == table[:5]
+    # A task's folder is a run like any other to those who ask for it.
+    report = report_run(out / "1")
+    assert (report.run, report.state, report.job_ids) == (out / "1", "DONE", (job.job_id,))
