@@ -22,6 +22,7 @@ def pipeline(path: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_from_teacher_to_student(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     # The teacher is asked to stop half-way, as by Ctrl-C: what follows is not begun.
