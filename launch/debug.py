@@ -7,6 +7,7 @@ import importlib
 import os
 import pdb
 import platform
+import runpy
 import shutil
 import sys
 import time
@@ -32,6 +33,7 @@ def tame(command: Command, options: DebugOptions) -> Command:
     recipe |= {
         "output_dir": str(folder),
         "epochs": 1,
+        "warmup_epochs": min(0.5, float(recipe["warmup_epochs"])),  # type: ignore[arg-type]
         "max_steps": options.batches,
         "stop_after_steps": 0,
         "limit_clips": clips,
@@ -62,18 +64,20 @@ def run(plan: Plan, options: DebugOptions) -> int:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
     os.environ |= {JOB: str(job.folder), ATTEMPT: attempt, TOKEN: attempt}
-    outcome = _call(plan, options)
-    step, word = outcome.step, outcome.word if outcome.reason else None
-    if word is not None:
-        job.leave_word(word, attempt=attempt, step=step, reason=outcome.reason, code=int(outcome))
-    job.end(attempt, step=step, word=word, reason=outcome.reason or "interrupted")
+    try:
+        outcome = _call(plan, options)
+    except BaseException as error:
+        job.end(attempt, step=None, word=None, reason=f"ended by {type(error).__name__}")
+        raise
+    job.leave_word(outcome.word, attempt=attempt, step=outcome.step, reason=outcome.reason, code=int(outcome))
+    job.end(attempt, step=outcome.step, word=outcome.word, reason=outcome.reason)
     return int(outcome)
 
 
 def _call(plan: Plan, options: DebugOptions) -> Outcome:
     """Call the command's entry point; show what it raises, and stop there if asked to."""
     try:
-        returned = importlib.import_module(plan.module).main(list(plan.arguments))
+        returned = _start(plan)
     except InputError as error:
         print(format_problems(error.problems), file=sys.stderr)
         return Outcome(EXIT_INPUT_ERROR, "; ".join(error.problems), word="FAILED")
@@ -82,7 +86,24 @@ def _call(plan: Plan, options: DebugOptions) -> Outcome:
         if options.stop_at_failure:
             pdb.post_mortem(error.__traceback__)
         return Outcome(1, f"{type(error).__name__}: {error}", word="FAILED")
-    return returned if isinstance(returned, Outcome) else Outcome(returned or 0, "finished")
+    if isinstance(returned, Outcome):
+        return returned
+    return Outcome(returned, f"left with exit code {returned}", word="FAILED" if returned else "DONE")
+
+
+def _start(plan: Plan) -> int:
+    if plan.command[0] != "-m":
+        # An outcome of 0 says more than 0 does.
+        code: int = importlib.import_module(plan.module).main(list(plan.arguments))
+        return code
+    # A module of the user's own is run as `python -m` would.
+    sys.path.insert(0, str(Path.cwd()))
+    sys.argv = [plan.module, *plan.arguments]
+    try:
+        runpy.run_module(plan.module, run_name="__main__", alter_sys=True)
+    except SystemExit as leave:
+        return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+    return 0
 
 
 def _clear(plan: Plan) -> None:

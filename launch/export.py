@@ -27,14 +27,15 @@ def main(argv: Sequence[str]) -> int:
     """Export, verify, publish; InputError for what cannot be exported, and nothing is written then."""
     options = parse_options(argv)
     from trainer.checkpoint.content import read_checkpoint
-    from trainer.checkpoint.store import find_checkpoint
+    from trainer.checkpoint.store import find_checkpoint, run_folder_of
     from trainer.export.formats import REPORT, check_format, open_recognition, write_model
     from trainer.export.recognition import Card, restore_model
     from trainer.export.verify import verify
 
     check_format(options.format)
     folder = find_checkpoint(options.checkpoint)
-    output = options.output or _default_output(folder, options.format)
+    # A checkpoint outside a run gets a folder beside it.
+    output = options.output or run_folder_of(folder) / "export" / options.format
     _check_output(output)
     checkpoint = read_checkpoint(folder, with_optimizer=False)
     card = Card.of(checkpoint)
@@ -101,11 +102,6 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--annotations", help="annotations (default: the run's, or in DATA_DIR)")
     parser.add_argument("--no_verify", action="store_true", help="export without a corpus to compare on")
     return parser.parse(argv)
-
-
-def _default_output(folder: Path, kind: str) -> Path:
-    """Return RUN/export/FORMAT; a checkpoint outside a run gets a folder beside it."""
-    return (folder.parents[1] if folder.parent.name == "checkpoints" else folder.parent) / "export" / kind
 
 
 def _check_output(output: Path) -> None:

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.jobs.ending import cancel
-from launch.jobs.evidence import read_plan
+from launch.jobs.evidence import check_task, read_plan
 from launch.jobs.report import check_is_run, has_job, report_run
 from trainer.errors import InputError
 from trainer.exits import exit_on_input_error
 from trainer.job.directory import JobDirectory
-from trainer.options import OptionParser, positive_number
+from trainer.options import OptionParser, number_from_0, positive_number
 
 _INTERRUPTED = 130
 
@@ -52,9 +52,7 @@ def _check(options: argparse.Namespace) -> None:
             f"{options.run}: was not launched, so there is no job to cancel; stop its process (Ctrl-C saves)"
         )
     tasks = (read_plan(JobDirectory.of(options.run)) or {}).get("tasks") or []
-    if options.task is not None and options.task >= len(tasks):
-        there = f"expected 0 to {len(tasks) - 1}" if tasks else "the job is no array; leave --task out"
-        raise InputError(f"--task {options.task}: no such task; {there}")
+    check_task(options.task, tasks)
 
 
 def _user() -> str:
@@ -81,14 +79,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="S",
         help="end it at once if it has not left after S seconds (default: 600)",
     )
-    add("--task", type=_task, metavar="N", help="of an array: only this task")
+    add("--task", type=number_from_0, metavar="N", help="of an array: only this task")
     return parser.parse(argv)
-
-
-def _task(text: str) -> int:
-    if not text.strip().isdecimal():
-        raise argparse.ArgumentTypeError(f"expected the number of a task, from 0 on, found {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.jobs.evidence import read_plan
+from launch.jobs.evidence import check_task, read_plan
 from launch.jobs.following import Printer, follow
 from launch.jobs.judging import ACTIVE
 from launch.jobs.logs import find_attempt, find_outputs, find_sources
@@ -16,7 +16,7 @@ from launch.jobs.report import RunReport, check_is_run, has_job, report_run
 from trainer.errors import InputError
 from trainer.exits import exit_on_input_error
 from trainer.job.directory import JobDirectory
-from trainer.options import OptionParser
+from trainer.options import OptionParser, number_from_0
 
 _INTERRUPTED = 130
 _WORKING = ("RUNNING", "STOPPING")
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _print(options: argparse.Namespace) -> int:
-    directory, ranks_per_node = _open(options.run)
+    directory, ranks_per_node = _open(options)
     attempt = find_attempt(directory, options.attempt)
     sources = find_sources(directory, attempt, options.rank, ranks_per_node) if attempt else find_outputs(directory)
     if not any(path.exists() for path in sources):
@@ -48,7 +48,7 @@ def _print(options: argparse.Namespace) -> int:
 
 
 def _explain_silence(options: argparse.Namespace, attempt: str | None) -> str:
-    report = report_run(options.run)
+    report = _report(options)
     state = f"{report.state}: {report.why}"
     if report.way == "debug":
         return f"a debugging run prints to its terminal and keeps no log; {state}"
@@ -60,14 +60,14 @@ def _explain_silence(options: argparse.Namespace, attempt: str | None) -> str:
 
 
 def _follow(options: argparse.Namespace) -> int:
-    directory, ranks_per_node = _open(options.run)
+    directory, ranks_per_node = _open(options)
 
     def find() -> tuple[str, Sequence[Path]] | None:
         attempt = find_attempt(directory, options.attempt)
         return (attempt, find_sources(directory, attempt, options.rank, ranks_per_node)) if attempt else None
 
     def state() -> tuple[bool, bool, str]:
-        report = report_run(options.run)
+        report = _report(options)
         over = not _goes_on(report) or (options.attempt is not None and has_ended(options.attempt))
         return over, report.state in _WORKING, f"{report.state}: {report.why}"
 
@@ -86,22 +86,26 @@ def _goes_on(report: RunReport) -> bool:
     return report.state in ACTIVE or report.state in ("UNKNOWN", "PREPARING")
 
 
-def _open(run: Path) -> tuple[JobDirectory, int | None]:
+def _open(options: argparse.Namespace) -> tuple[JobDirectory, int | None]:
+    run = options.run
     check_is_run(run)
     if not has_job(run):
         raise InputError(f"{run}: was not launched, so nothing kept what it printed; metrics.jsonl has its figures")
     directory = JobDirectory.of(run)
     plan = read_plan(directory) or {}
-    tasks = plan.get("tasks")
-    if tasks:
-        runs = "\n    ".join(f"signscale logs {task['run']}" for task in tasks)
-        raise InputError(f"{run}: is an array of {len(tasks)} tasks; name one of them:\n    {runs}")
-    return directory, _ranks_per_node(plan, directory)
-
-
-def _ranks_per_node(plan: dict[str, object], directory: JobDirectory) -> int | None:
+    tasks = plan.get("tasks") or []
+    if options.task is None and tasks:
+        raise InputError(f"{run}: is an array of {len(tasks)} tasks; name one: --task 0 to --task {len(tasks) - 1}")
+    if options.task is not None:
+        check_task(options.task, tasks)
+        directory = JobDirectory.of(Path(tasks[options.task]["run"]))
     value = plan.get("ranks_per_node")
-    return value if isinstance(value, int) and value > 0 else None
+    return directory, value if isinstance(value, int) and value > 0 else None
+
+
+def _report(options: argparse.Namespace) -> RunReport:
+    report = report_run(options.run)
+    return report if options.task is None else report.tasks[options.task]
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -112,15 +116,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="run directory")
     add("-f", "--follow", action="store_true", help="go on printing, over requeues, until the job is over")
-    add("--rank", type=_rank, metavar="R", help="only what this rank wrote (default: everything)")
+    add("--rank", type=number_from_0, metavar="R", help="only what this rank wrote (default: everything)")
+    add("--task", type=number_from_0, metavar="N", help="of an array: which task")
     add("--attempt", metavar="A", help="an older attempt, as `signscale status` lists them (default: the newest)")
     return parser.parse(argv)
-
-
-def _rank(text: str) -> int:
-    if not text.strip().isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a rank, a whole number from 0 on, found {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

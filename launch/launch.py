@@ -65,11 +65,14 @@ def launch(plan: Plan, options: LaunchOptions) -> int:
 
 
 def _submit(plan: Plan) -> int:
-    from launch.slurm.submit import require_cluster, submit
+    from launch.slurm.submit import foresee, require_cluster, submit
 
     require_cluster()
     plan = write(plan)
+    trouble = foresee(plan.job.script, job=plan.job)
     job_id = submit(plan.job.script, job=plan.job)
+    if trouble:
+        print(f"warning: the job may never start: {trouble}", file=sys.stderr)
     print(f"\nqueued as job {job_id}; next:")
     for command in ("status", "logs -f", "cancel"):
         print(f"  signscale {command} {plan.run}")

@@ -139,13 +139,9 @@ def count_parameters(recipe: Recipe, lengths: Lengths) -> int:
             f"{lengths.source}: the all-reduce of --fabric_gbit needs the size of the model; give --feature_dim D and "
             "--vocabulary V, which a table of lengths does not say"
         )
-    import torch
+    from trainer.memory.activations import size_of
 
-    from trainer.models.build import build_model
-
-    with torch.device("meta"):
-        model = build_model(recipe.model, feature_dim=lengths.feature_dim, num_classes=lengths.num_classes)
-    return sum(parameter.numel() for parameter in model.parameters())
+    return size_of(recipe, feature_dim=lengths.feature_dim, num_classes=lengths.num_classes).total
 
 
 def _format(report: dict[str, Any]) -> str:

@@ -158,6 +158,8 @@ def _resolve_slurm(plan: Plan, options: LaunchOptions) -> Plan:
     elif not (ROOT / MULTI_NODE).exists():
         raise InputError(f"{ROOT / MULTI_NODE}: is missing; name a configuration with --accelerate_config PATH")
     interpreter = slurm.interpreter or (f"{make_absolute(slurm.venv)}/bin/python" if slurm.venv else plan.interpreter)
+    if "\\" in str(plan.run):
+        raise InputError(f"{plan.run}: sbatch reads a backslash in the name of its output file as its own; rename it")
     if slurm.container and set(",:") & set(str(plan.run)):
         raise InputError(f"{plan.run}: is to be seen in the container, where , and : part folders; choose another name")
     # A copy that would be too large is better known of now.

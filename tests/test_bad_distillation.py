@@ -78,6 +78,9 @@ def refusal(folder: Path, run: Path, *flags: str, corpus: Path | None = None) ->
             r"mixup_alpha 0.2 changes them; .* \(--teacher RUN instead\)",
         ),
         (["--feature_weight", "-0.1"], "feature_weight"),
+        (["--visual_ctc_weight", "-1"], "visual_ctc_weight"),
+        (["--alignment_weight", "-1"], "alignment_weight"),
+        (["--alignment_temperature", "0"], "alignment_temperature"),
         (
             ["--feature_weight", "1"],
             "feature_weight: compares with a teacher's features, and none is named; add --teacher",

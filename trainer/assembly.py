@@ -9,7 +9,7 @@ import numpy as np
 
 from trainer.backbones import load_published, settle_norm
 from trainer.checkpoint.content import Checkpoint, RunState, read_checkpoint
-from trainer.checkpoint.store import CheckpointStore, find_checkpoint
+from trainer.checkpoint.store import CheckpointStore, find_checkpoint, run_folder_of
 from trainer.data.augment import NO_AUGMENTATION, Augmentation
 from trainer.data.cost import FRAMES_ONLY, CostModel, read_cost_model
 from trainer.data.loader import EvaluationLoader, TrainingLoader, make_plan
@@ -53,7 +53,7 @@ def build_run(
     cost_model = engine.on_main(
         lambda: read_cost_model(Path(recipe.batch.cost_model)) if recipe.batch.cost_model else FRAMES_ONLY
     )
-    teacher = open_source(recipe, engine, went_on=path.parents[1] if path is not None and goes_on else None)
+    teacher = open_source(recipe, engine, went_on=run_folder_of(path) if path is not None and goes_on else None)
     corpus = prepare_corpus(
         recipe.corpus,
         recipe.model.total_stride,

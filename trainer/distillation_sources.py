@@ -13,6 +13,7 @@ import torch
 
 from trainer.checkpoint.content import Checkpoint, read_checkpoint
 from trainer.checkpoint.store import find_checkpoint
+from trainer.checkpoint.trained import restore_trained
 from trainer.data.batch import MicroBatch
 from trainer.data.loader import EvaluationLoader
 from trainer.data.normalization import Normalization
@@ -24,7 +25,6 @@ from trainer.engine import Engine
 from trainer.engine.replicated import ReplicatedEngine
 from trainer.errors import InputError, TrainingFailedError, name_some
 from trainer.layout import slot_frames
-from trainer.models.build import build_model, load_weights
 from trainer.observe.progress import Progress
 from trainer.passes import BrokenPassError
 from trainer.recipe import Recipe
@@ -84,12 +84,7 @@ class OnlineTeacher:
             )
         # The student's weights are drawn next, and shall be those of a student without a teacher.
         with torch.random.fork_rng(devices=[]):
-            model = build_model(
-                self.checkpoint.recipe.model,
-                feature_dim=found.feature_dim,
-                num_classes=len(self.checkpoint.vocabulary),
-            )
-        load_weights(model, self.checkpoint.model, where=self.where)
+            model = restore_trained(self.checkpoint, self.where)
         model.head.add_auxiliary(reveals_features=self._reveals_features)
         for parameter in model.parameters():
             parameter.requires_grad_(False)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.content import Checkpoint, read_checkpoint
-from trainer.checkpoint.store import find_checkpoint
+from trainer.checkpoint.store import find_checkpoint, run_folder_of
+from trainer.checkpoint.trained import restore_trained
 from trainer.data.loader import EvaluationLoader
 from trainer.data.opening import OpenCorpus
 from trainer.data.table import Split
@@ -21,7 +22,6 @@ from trainer.exits import Outcome, exit_on_input_error
 from trainer.files import write_json
 from trainer.job.rank import Job, NoJob, find_job
 from trainer.layout import slot_frames
-from trainer.models.build import build_model, load_weights
 from trainer.observe.progress import Progress
 from trainer.options import OptionParser
 from trainer.recipe import VIDEO_MODELS
@@ -57,11 +57,7 @@ def main(argv: Sequence[str] | None = None) -> Outcome:
         decoder = engine.together(lambda: open_decoder(options, checkpoint.vocabulary.glosses, progress.say))
         output = options.output_dir or _default_output(folder)
         engine.on_main(lambda: _prepare_output(output))
-        model = build_model(
-            recipe.model, feature_dim=checkpoint.normalization.feature_dim, num_classes=len(checkpoint.vocabulary)
-        )
-        load_weights(model, checkpoint.model, where=str(folder))
-        engine.prepare(model, None)
+        engine.prepare(restore_trained(checkpoint, str(folder)), None)
         loader = EvaluationLoader(
             split=clips,
             normalization=checkpoint.normalization,
@@ -180,7 +176,7 @@ def _read_clips(options: argparse.Namespace, checkpoint: Checkpoint, progress: P
 
 def _default_output(folder: Path) -> Path:
     """Return RUN/evaluation; a checkpoint outside a run gets a folder beside it."""
-    return (folder.parents[1] if folder.parent.name == "checkpoints" else folder.parent) / "evaluation"
+    return run_folder_of(folder) / "evaluation"
 
 
 def _report(

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from trainer.checkpoint.content import Checkpoint, read_checkpoint
-from trainer.checkpoint.store import find_checkpoint
+from trainer.checkpoint.store import find_checkpoint, run_folder_of
+from trainer.checkpoint.trained import restore_trained
 from trainer.data.opening import OpenCorpus
 from trainer.data.table import Split
 from trainer.distillation_sources import evaluation_loader, measure_wer
@@ -27,7 +28,6 @@ from trainer.engine.replicated import ReplicatedEngine
 from trainer.errors import InputError
 from trainer.exits import Outcome, exit_on_input_error
 from trainer.job.rank import find_job
-from trainer.models.build import build_model, load_weights
 from trainer.objectives.ctc import float32_log_probs
 from trainer.observe.progress import Progress
 from trainer.options import OptionParser
@@ -77,13 +77,7 @@ def main(argv: Sequence[str] | None = None) -> Outcome:
         if engine.on_main(shards.claim):
             progress.say(f"{output}: is complete already")
         else:
-            model = build_model(
-                checkpoint.recipe.model,
-                feature_dim=checkpoint.normalization.feature_dim,
-                num_classes=len(checkpoint.vocabulary),
-            )
-            load_weights(model, checkpoint.model, where=str(folder))
-            engine.prepare(model, None)
+            engine.prepare(restore_trained(checkpoint, str(folder)), None)
             engine.training(False)
             todo = engine.on_main(lambda: [number for number in range(count) if shards.find(number) is None])
             if len(todo) < count:
@@ -160,7 +154,7 @@ def _corpus(options: argparse.Namespace, checkpoint: Checkpoint, progress: Progr
 
 def _default_output(folder: Path, split: str) -> Path:
     """Return RUN/soft_targets/SPLIT; a checkpoint outside a run gets a folder beside it."""
-    return (folder.parents[1] if folder.parent.name == "checkpoints" else folder.parent) / "soft_targets" / split
+    return run_folder_of(folder) / "soft_targets" / split
 
 
 def _describe(options: argparse.Namespace, folder: Path, checkpoint: Checkpoint, clips: Split) -> Extraction:

@@ -29,7 +29,7 @@ from trainer.job.rank import NO_JOB, Job, NoJob
 from trainer.layout import slot_frames
 from trainer.loss import StepLoss
 from trainer.memory.budget import FrameBudget
-from trainer.memory.probe import choose_budget
+from trainer.memory.choice import choose_budget
 from trainer.observe.progress import Progress
 from trainer.observe.red_flags import find_red_flags
 from trainer.observe.trackers import Tracker

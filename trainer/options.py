@@ -56,6 +56,13 @@ def positive_count(text: str) -> int:
     return int(text)
 
 
+def number_from_0(text: str) -> int:
+    """Read the number of a rank, a task and the like, for argparse's `type`."""
+    if not text.strip().isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 on, found {text!r}")
+    return int(text)
+
+
 def positive_number(text: str) -> float:
     """Read a finite number above 0, for argparse's `type`."""
     try:

@@ -150,7 +150,7 @@ class ObjectiveRecipe:
     visual_ctc_weight: NonNegativeFloat = 0.0
     """Weight of CTC on an auxiliary classifier of the visual features, before the BiLSTM (0: off; VAC: 1)."""
     alignment_weight: NonNegativeFloat = 0.0
-    """Weight of T^2 x KL(model || that classifier) per frame, which aligns it with the model (0: off; VAC: 25)."""
+    """Weight of T^2 x KL(model || that classifier) per frame, which aligns it with the model (0: off)."""
     alignment_temperature: PositiveFloat = 8.0
     """Temperature T of both distributions in that divergence."""
 

@@ -97,9 +97,18 @@ def describe_environment(world_size: int, device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "cpus": os.cpu_count(),
         "packages": versions,
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_changes": bool(_git("status", "--porcelain")),
+        **_describe_code(),
     }
+
+
+def _describe_code() -> dict[str, Any]:
+    """Name the commit of the code that runs: of a launched job's copy, what was noted when it was made."""
+    try:
+        # The copy lies in the run directory, which may lie in a repository of another state.
+        noted = json.loads((Path(__file__).parents[1] / "snapshot.json").read_text(encoding="utf-8"))
+        return {"git_commit": noted["commit"], "git_changes": noted["changed"]}
+    except FileNotFoundError:
+        return {"git_commit": _git("rev-parse", "HEAD"), "git_changes": bool(_git("status", "--porcelain"))}
 
 
 def _git(*arguments: str) -> str | None:

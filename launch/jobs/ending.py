@@ -11,13 +11,13 @@ from pathlib import Path
 
 from launch.jobs.evidence import Evidence, read_evidence, read_submissions, read_tasks
 from launch.jobs.judging import find_live
-from launch.jobs.processes import is_alive, is_here
 from launch.jobs.queue import Queue
 from launch.jobs.traces import read_saved_step
 from launch.slurm.asking import SlurmSilentError, on_cluster, run_tool
 from launch.slurm.squeue import QueuedJob
 from launch.slurm.states import is_waiting
 from trainer.job.directory import AttemptRecord, JobDirectory
+from trainer.job.processes import is_alive, is_here
 
 _SECONDS_BETWEEN_LOOKS = 2.0
 _SECONDS_BETWEEN_WORDS = 20.0

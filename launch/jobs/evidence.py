@@ -66,6 +66,13 @@ def read_plan(directory: JobDirectory) -> dict[str, Any] | None:
     return plan
 
 
+def check_task(task: int | None, tasks: Sequence[Any]) -> None:
+    """Raise `InputError` unless an array of these tasks has this one; None is no task."""
+    if task is not None and task >= len(tasks):
+        there = f"expected 0 to {len(tasks) - 1}" if tasks else "the job is no array; leave --task out"
+        raise InputError(f"--task {task}: no such task; {there}")
+
+
 def read_submissions(directory: JobDirectory) -> list[dict[str, Any]]:
     """Read the submissions, oldest first. Raises `InputError` naming a damaged line."""
     lines = read_lines(directory.submissions)

@@ -9,11 +9,11 @@ from typing import Literal
 
 from launch.jobs.again import command_again
 from launch.jobs.evidence import Evidence
-from launch.jobs.processes import is_alive, is_here
 from launch.jobs.words import say_ago, say_duration, say_time
 from launch.slurm.squeue import QueuedJob
 from launch.slurm.states import explain_end, explain_wait, has_ended, is_held, is_waiting
 from trainer.job.directory import AttemptRecord
+from trainer.job.processes import is_alive, is_here
 
 State = Literal[
     "PREPARING",

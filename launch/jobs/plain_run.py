@@ -8,10 +8,10 @@ import shlex
 from pathlib import Path
 
 from launch.jobs.judging import Verdict
-from launch.jobs.processes import is_alive
 from launch.jobs.traces import METRICS, read_saved_step
 from launch.jobs.words import say_ago
 from trainer.job.directory import AttemptRecord
+from trainer.job.processes import is_alive
 
 _LOCK = ".lock"
 """Names the process that works on a run; it stays behind when the process ends."""

@@ -6,6 +6,7 @@ node left first. Here its parser and launcher run in this process, and what they
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -49,15 +50,12 @@ def _leave_word(code: int) -> None:
 
 
 def _run_by_accelerate(argv: Sequence[str]) -> int:
-    # torchrun reports in pages what the ranks have said in a line. Its loggers read this once, as they are made.
-    level = os.environ.get("LOGLEVEL")
-    os.environ["LOGLEVEL"] = level or "CRITICAL"
+    import torch.distributed.run  # noqa: F401  (its loggers must be there to be quietened)
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    if level is None:
-        del os.environ["LOGLEVEL"]
+    _quieten("torch.distributed")
     _outlive_signals()
     arguments = launch_command_parser().parse_args(list(argv))
     if binding := os.environ.get(NUMA_BINDING):
@@ -83,6 +81,13 @@ def _run_by_accelerate(argv: Sequence[str]) -> int:
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     return 0
+
+
+def _quieten(package: str) -> None:
+    """Silence the loggers of a package: torchrun reports in pages what the ranks have said in a line."""
+    for name in [package, *logging.root.manager.loggerDict]:
+        if name == package or name.startswith(f"{package}."):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _outlive_signals() -> None:

@@ -173,6 +173,8 @@ def _report_one(e: Evidence, queue: Queue, task: int | None) -> RunReport:
     verdict = judge(e, lambda job: _blame(e, queue)) if launched else judge_plain(e.run, e.now)
     first_step = max((record.step or 0 for record in e.attempts[:-1]), default=0)
     progress = read_progress(e.run, e.newest, e.log, first_step=first_step)
+    if verdict.state not in ("RUNNING", "STOPPING"):
+        progress = dataclasses.replace(progress, steps_per_second=None)
     notes = [f"job {job.job_id} is not this run's: it runs {job.command}" for job in e.known.strangers]
     if e.known.trouble and verdict.state != "UNKNOWN":
         notes.append(f"{e.known.trouble}; all this is from the run's own files")
@@ -191,7 +193,7 @@ def _report_one(e: Evidence, queue: Queue, task: int | None) -> RunReport:
         job_ids=tuple(dict.fromkeys(str(line["job_id"]) for line in e.submissions)),
         attempts=e.attempts,
         progress=progress if progress.step is not None else None,
-        outlook=_foresee(verdict, progress, e.now),
+        outlook=foresee(verdict, progress, e.now),
         notes=tuple(notes),
         log=e.log if e.log and e.log.exists() else None,
         last_lines=tuple(lines[-_LOG_LINES:]),
@@ -224,7 +226,7 @@ def _blame(e: Evidence, queue: Queue) -> str | None:
     return "; ".join(parts) or None
 
 
-def _foresee(verdict: Verdict, progress: Progress, now: float) -> str | None:
+def foresee(verdict: Verdict, progress: Progress, now: float) -> str | None:
     """Say when a run that works now will be done, and whether the time limit comes first."""
     if verdict.state != "RUNNING" or not progress.total or progress.step is None or not progress.steps_per_second:
         return None

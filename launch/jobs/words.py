@@ -7,11 +7,13 @@ from collections.abc import Sequence
 
 
 def say_duration(seconds: float) -> str:
-    """Write seconds as 45 s, 12 min, 3 h 20 min, 2 d 4 h."""
+    """Write seconds as 45 s, 2 min 5 s, 12 min, 3 h 20 min, 2 d 4 h."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"
     minutes = whole // 60
+    if minutes < 10:
+        return f"{minutes} min {whole % 60} s" if whole % 60 else f"{minutes} min"
     if minutes < 60:
         return f"{minutes} min"
     hours, minutes = divmod(minutes, 60)

@@ -23,7 +23,7 @@ from pathlib import Path
 from launch.pipeline.record import begin
 from launch.slurm import control
 from launch.slurm.attempt import Leading, close_predecessors, find
-from launch.slurm.control import ControlError
+from launch.slurm.control import ControlError, SilentError
 from launch.slurm.decision import Decision, Preflight, Situation, decide
 from launch.slurm.needs import redirect_children
 from launch.slurm.relay import ExitNoise, notice_of_cancellation, relay, telling_line
@@ -32,7 +32,7 @@ from launch.slurm.submit import submit
 from launch.sweep.table import RECORD, publish
 from trainer.errors import InputError
 from trainer.exits import exit_on_input_error
-from trainer.job.directory import ATTEMPT, END_TIME, JOB, AttemptRecord
+from trainer.job.directory import AttemptRecord
 
 _SECONDS_FOR_PREFLIGHT = 900.0
 _SECONDS_UNTIL_KILLED = 600.0
@@ -63,10 +63,9 @@ def main(argv: Sequence[str]) -> int:
     say(f"attempt {leading.attempt} on {leading.nodes}; its output: {leading.log}")
     found = None
     if leading.job.cancelled() is None:
-        environment = _environment(leading)
-        found = _check_nodes(preflight, leading, environment, options.job) if preflight else None
+        found = _check_nodes(preflight, leading, options.job) if preflight else None
         if found is None or found.ok:
-            _run(command, leading, environment)
+            _run(command, leading)
     requests.close()
     code = _conclude(leading, found)
     if leading.task is not None and (leading.plan.run / RECORD).exists():
@@ -104,19 +103,12 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str
     return options, own[at + 1 :], command
 
 
-def _environment(leading: Leading) -> dict[str, str]:
-    environment = dict(os.environ) | {JOB: str(leading.job.folder), ATTEMPT: leading.attempt}
-    if (end := control.end_time(leading.job_id, os.environ)) is not None:
-        environment[END_TIME] = str(end)
-    return environment
-
-
-def _run(command: Sequence[str], leading: Leading, environment: dict[str, str]) -> None:
+def _run(command: Sequence[str], leading: Leading) -> None:
     """Run the command to its end, its output into the attempt's log and on."""
     leading.job.logs.mkdir(parents=True, exist_ok=True)
     noise = ExitNoise(lambda: (word := leading.word()) is not None and word.word == "DONE")
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
     ) as process:
         assert process.stdout is not None
         relay(process.stdout, leading.log, sys.stdout.buffer, noise)
@@ -124,13 +116,11 @@ def _run(command: Sequence[str], leading: Leading, environment: dict[str, str]) 
         say(f"left out {noise.lines} lines in which a launcher complains that another node was done before it")
 
 
-def _check_nodes(
-    command: Sequence[str], leading: Leading, environment: dict[str, str], folder: Path
-) -> Preflight | None:
+def _check_nodes(command: Sequence[str], leading: Leading, folder: Path) -> Preflight | None:
     """Run the check of the nodes; None: it left no result, which says no more than an attempt without a word."""
     result = folder / f"preflight-{leading.attempt}.json"
     say("checking the nodes")
-    _run(["timeout", "--kill-after=30", str(_SECONDS_FOR_PREFLIGHT), *command], leading, environment)
+    _run(["timeout", "--kill-after=30", str(_SECONDS_FOR_PREFLIGHT), *command], leading)
     try:
         content = json.loads(result.read_text(encoding="utf-8"))
         return Preflight(
@@ -146,27 +136,30 @@ def _check_nodes(
 def _conclude(leading: Leading, found: Preflight | None) -> int:
     """Decide, record the end, and put the job back into the queue where it is to go on."""
     job, attempt = leading.job, leading.attempt
+    state: dict[str, str] | None = None
+    trouble = ""
+    if (word := leading.word()) is None or word.word != "DONE":
+        try:
+            state = control.show(leading.job_id)
+        except (ControlError, SilentError) as error:
+            trouble = str(error)
+    # Asked for only now: a node that was cut off hears of SLURM again when its job has long been elsewhere.
     if (owner := job.owner_attempt()) != attempt:
         say(f"attempt {owner} has taken over; leaving everything to it")
         return 1
-    state: dict[str, str] = {}
-    try:
-        state = control.show(leading.job_id)
-    except ControlError as error:
-        say(f"SLURM does not say how this job stands: {error}")
-    if state and int(state["Restarts"]) != leading.restarts:
+    if state is not None and int(state["Restarts"]) != leading.restarts:
         say("SLURM has put the job back into the queue by itself")
         return 1
-    word, saved = leading.word(), leading.saved_step()
+    saved = leading.saved_step()
     decision = decide(
         Situation(
             earlier=[record for record in job.history() if record.attempt != attempt],
             word=word,
             saved=saved,
-            asked=_asked_to_end(leading, state),
+            asked=_asked_to_end(leading, state or {}),
             preflight=found,
             nodes=control.node_names(leading.nodes) if found is not None and not found.ok else (),
-            may_requeue=state.get("Requeue", "1") == "1",
+            may_requeue=state is None or state["Requeue"] == "1",
             limit=leading.plan.max_attempts_without_progress,
             trouble=telling_line(leading.log),
         )
@@ -177,7 +170,9 @@ def _conclude(leading: Leading, found: Preflight | None) -> int:
         job.leave_word(said, attempt=attempt, step=saved, reason=decision.reason, code=1)
     job.end(attempt, step=saved, word=said, reason=decision.reason)
     say(f"{decision.action}: {decision.reason}" + ("" if saved is None else f" (step {saved} is saved)"))
-    if decision.action == "requeue":
+    if state is None and decision.action in ("requeue", "resubmit"):
+        say(f"SLURM does not say how this job stands ({trouble}); launch it again if SLURM does not start it by itself")
+    elif decision.action == "requeue":
         _requeue(leading, decision)
     elif decision.action == "resubmit":
         _resubmit(leading, decision, "")
@@ -197,10 +192,12 @@ def _requeue(leading: Leading, decision: Decision) -> None:
         control.requeue(leading.job_id)
     except ControlError as error:
         return _resubmit(leading, decision, f"the requeue was refused: {error}; ")
+    except SilentError as error:
+        return say(f"SLURM does not answer ({error}); launch the job again if SLURM does not start it by itself")
     if decision.exclude:
         try:
             control.exclude(leading.job_id, decision.exclude)
-        except ControlError as error:
+        except (ControlError, SilentError) as error:
             say(f"SLURM does not exclude {', '.join(decision.exclude)}: {error}")
     # A script that ended now, before SLURM ends it, would make the job COMPLETED or FAILED for good.
     time.sleep(_SECONDS_UNTIL_KILLED)

@@ -32,8 +32,10 @@ class StopRequests:
         self._pass_on()
 
     def close(self) -> None:
-        """Pass no more on: the ranks have left."""
+        """Hear no more: the ranks have left, and what SLURM is asked from now on must outlive its own signals."""
         self._open = False
+        for number in _REQUESTS:
+            signal.signal(number, signal.SIG_IGN)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._number = self._number or number

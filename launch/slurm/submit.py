@@ -95,6 +95,19 @@ def submit(
     return job_id
 
 
+def foresee(script: Path, *, job: JobDirectory) -> str | None:
+    """Say why a job that sbatch takes would never start, as far as the cluster can tell; None where it would.
+
+    Many clusters take every job and let those wait for ever that ask for more than there is. Nodes may also be down
+    for a while, so that this is a warning and no refusal.
+    """
+    try:
+        submit(script, job=job, test_only=True)
+    except InputError as error:
+        return "; ".join(error.problems)
+    return None
+
+
 def require_cluster() -> None:
     """Raise `InputError` where no cluster can be asked, before anything is written."""
     if shutil.which("sbatch") is None:

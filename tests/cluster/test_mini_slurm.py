@@ -7,6 +7,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from tests.cluster.cluster import SCRIPT, Cluster
 
 PYTHON = sys.executable
@@ -21,6 +23,7 @@ def test_nodes_have_names_networks_and_processes_of_their_own(shared_cluster: Cl
     assert "node2" in shared_cluster.exec_on("node1", "getent", "hosts", "node2")
 
 
+@pytest.mark.slow
 def test_a_dead_node_is_noticed_and_its_job_requeued(cluster: Cluster) -> None:
     job = cluster.sbatch("-N2", "-o", "/dev/null", "--wrap", "srun sleep 120")
     cluster.wait_for_state(job, "RUNNING")

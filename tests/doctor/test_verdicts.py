@@ -219,8 +219,14 @@ def test_ranks_that_came_less_far_are_those_the_others_waited_for(tmp_path: Path
     [found] = judge_ranks(stage, tmp_path, {0: "node1", 2: "node3"})
     assert found.nodes == ("node1",)
     assert "libcuda.so" in found.value
-    (tmp_path / RANKS).write_text(json.dumps([Finding(check="all-reduce", value="right").to_json()]))
-    assert [one.check for one in judge_ranks(stage, tmp_path, {0: "node1", 2: "node3"})] == ["ranks", "all-reduce"]
+    # What was found before is not lost.
+    told = {"done": False, "findings": [Finding(check="all-reduce", value="right").to_json()]}
+    (tmp_path / RANKS).write_text(json.dumps(told))
+    found = judge_ranks(stage, tmp_path, {0: "node1", 2: "node3"})
+    assert [(one.check, one.verdict) for one in found] == [("all-reduce", "ok"), ("ranks", "FAIL")]
+    (tmp_path / RANKS).write_text(json.dumps(told | {"done": True}))
+    found = judge_ranks(stage, tmp_path, {0: "node1", 2: "node3"})
+    assert [(one.check, one.verdict) for one in found] == [("ranks", "ok"), ("all-reduce", "ok")]
 
 
 def test_devices_are_counted_without_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -225,6 +225,11 @@ def test_a_local_attempt_ends_with_its_process_and_no_other_does(tmp_path: Path)
     begin(tmp_path / "c", "7.0", host=here, pid=process.pid)
     with pytest.raises(InputError, match=rf"local-1-{process.pid}"):
         plain(tmp_path / "a")
+    # One that got its number after a restart of the machine is another process.
+    JobDirectory.of(tmp_path / "d").begin(
+        AttemptRecord(attempt="local-1", began=time.time() - 3600, host=here, pid=process.pid)
+    )
+    plain(tmp_path / "d")
     process.communicate(b"\n")
     plain(tmp_path / "a")
     for run in ("b", "c"):

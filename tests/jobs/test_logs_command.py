@@ -76,7 +76,7 @@ def test_a_rank_is_counted_over_the_nodes(launch: Launch, capsys: pytest.Capture
     assert capsys.readouterr().out == "==> stdout.log\nrank 3\n==> stderr.log\nwarning of rank 3\n"
     with pytest.raises(InputError, match=r"--rank 7: .* expected one of: 0, 1, 2, 3$"):
         job_logs.main([str(job.folder.parent), "--rank", "7"])
-    with pytest.raises(InputError, match="expected a rank, a whole number"):
+    with pytest.raises(InputError, match="expected a whole number from 0 on"):
         job_logs.main([str(job.folder.parent), "--rank", "-1"])
 
 
@@ -98,10 +98,21 @@ def test_a_run_that_nobody_launched_has_no_log(tmp_path: Path) -> None:
         job_logs.main([str(tmp_path)])
 
 
-def test_an_array_is_asked_for_by_task(launch: Launch, tmp_path: Path) -> None:
-    whole = launch("sweep", tasks=[{"run": str(tmp_path / "runs" / "sweep" / "0"), "overrides": {}}])
-    with pytest.raises(InputError, match="array of 1 tasks; name one of them"):
+def test_an_array_is_asked_for_by_task(launch: Launch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = tmp_path / "runs" / "sweep" / "0"
+    whole = launch("sweep", tasks=[{"run": str(task), "overrides": {}}])
+    with pytest.raises(InputError, match="array of 1 tasks; name one: --task 0"):
         job_logs.main([str(whole.folder.parent)])
+    with pytest.raises(InputError, match="--task 1: no such task; expected 0 to 0"):
+        job_logs.main([str(whole.folder.parent), "--task", "1"])
+    assert job_logs.main([str(whole.folder.parent), "--task", "0"]) == 1
+    assert "no log yet" in capsys.readouterr().err
+    job = JobDirectory.of(task)
+    begin(job, "5_0.0")
+    job.logs.mkdir()
+    (job.logs / "5_0.0.log").write_text("of the task\n")
+    assert job_logs.main([str(whole.folder.parent), "--task", "0"]) == 0
+    assert capsys.readouterr().out == "of the task\n"
 
 
 def test_following_goes_on_over_a_requeue_to_the_end(

@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 from launch import job_list, job_status
-from launch.jobs.report import RunReport, report_run
+from launch.jobs.judging import Verdict
+from launch.jobs.report import RunReport, foresee, report_run
+from launch.jobs.traces import Progress, read_progress
+from launch.slurm.squeue import QueuedJob
 from tests.jobs.conftest import begin, local_fields
 from trainer.errors import InputError
 from trainer.job.directory import JobDirectory
@@ -167,16 +170,34 @@ def test_a_plain_run_tells_by_its_files(tmp_path: Path) -> None:
     assert (report.progress.step, report.progress.saved) == (20, 20)
 
 
-def test_pace_and_outlook_against_the_time_limit(launch: Launch, living: subprocess.Popen[bytes]) -> None:
-    job = launch("teacher", way="local")
-    begin(job, "local-1-1", ago=100, **local_fields(living.pid))
+def test_pace_counts_from_the_attempts_beginning_and_later_from_its_first_save(launch: Launch) -> None:
+    job = launch("teacher")
+    run, log = job.folder.parent, job.logs / "7.1.log"
+    attempt = begin(job, "7.1", ago=100)
     job.logs.mkdir()
-    (job.logs / "local-1-1.log").write_text("[default0]:step 50/150 epoch 1  loss 2.0\n")
-    # The process is younger than the attempt claims to be; what counts here is the arithmetic.
-    progress = status(job).progress
-    assert progress is not None
+    log.write_text("0: [default0]:step 50/150 epoch 1  loss 2.0\n")
+    progress = read_progress(run, attempt, log, first_step=20)
     assert (progress.step, progress.total) == (50, 150)
-    assert progress.steps_per_second == pytest.approx(0.5, rel=0.2)
+    assert progress.steps_per_second == pytest.approx(0.3, rel=0.2)
+    saved = run / "checkpoints" / "step-000000030"
+    saved.mkdir(parents=True)
+    os.utime(saved, (time.time() - 10, time.time() - 10))
+    assert read_progress(run, attempt, log, first_step=20).steps_per_second == pytest.approx(2.0, rel=0.3)
+
+
+def test_outlook_against_the_time_limit() -> None:
+    now = 1_000_000.0
+    progress = Progress(step=50, total=150, steps_per_second=0.5, metrics={})
+
+    def outlook(left: float) -> str | None:
+        job = QueuedJob(job_id="7", base="7", task=None, state="RUNNING", end=now + left, limit=60.0)
+        return foresee(Verdict(state="RUNNING", why="", job=job), progress, now)
+
+    assert "about 3 min 20 s to go" in (before := outlook(300) or "")
+    assert "before the time limit" in before
+    assert "after the time limit" in (late := outlook(10) or "")
+    assert "4 more times" in late
+    assert foresee(Verdict(state="STOPPED", why=""), progress, now) is None
 
 
 def test_no_run_at_all(tmp_path: Path, launch: Launch) -> None:

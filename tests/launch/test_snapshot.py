@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from launch.jobs import snapshot
 from launch.jobs.snapshot import describe_code, list_files, take_snapshot
+from tests.conftest import environment
 from trainer.errors import InputError
 
 
@@ -66,6 +68,24 @@ def test_a_new_snapshot_takes_the_old_ones_place(repository: Path, tmp_path: Pat
     take_snapshot(target, repository)
     assert not (target / "trainer" / "new.py").exists()
     assert [path.name for path in tmp_path.glob(".snapshot*")] == []
+
+
+def test_what_runs_from_a_snapshot_names_the_commit_it_was_made_of(tmp_path: Path) -> None:
+    """Wherever the copy lies: a run's folder may be part of a repository that has moved on."""
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "another state")
+    code = take_snapshot(tmp_path / "snapshot")
+    ask = "import json; from trainer.run_directory import describe_environment as d; print(json.dumps(d(1, 'cpu')))"
+    said = subprocess.run(
+        [sys.executable, "-c", ask],
+        cwd=tmp_path,
+        env=environment() | {"PYTHONPATH": str(tmp_path / "snapshot")},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    described = json.loads(said)
+    assert (described["git_commit"], described["git_changes"]) == (code.commit, code.changed)
 
 
 def test_clean_code_says_so(repository: Path) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-import trainer.memory.probe as probing
+import trainer.memory.choice as choosing
 from tests.conftest import ROOT, TINY, launch
 from trainer.assembly import make_training_loader
 from trainer.data.prepare import prepare_corpus
 from trainer.engine import open_engine
-from trainer.memory.probe import MEMORY, choose_budget
+from trainer.memory.choice import MEMORY, choose_budget
 from trainer.models.build import build_model
 from trainer.parsing import parse_recipe
 
@@ -104,7 +104,7 @@ def test_a_budget_is_kept_for_the_same_model_and_device(
         _, said = choose(*change)
         assert "probed in" in said[0], change
     choose()
-    monkeypatch.setattr(probing, "granted", lambda device: 10**9)
+    monkeypatch.setattr(choosing, "granted", lambda device: 10**9)
     _, said = choose()
     assert "probed in" in said[0]
 
@@ -123,7 +123,7 @@ def test_what_the_recipe_names_stands(choose: Callable[..., tuple[int, list[str]
 def test_a_cpu_without_a_limit_is_not_probed(
     choose: Callable[..., tuple[int, list[str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probing, "is_limited", lambda device: False)
+    monkeypatch.setattr(choosing, "is_limited", lambda device: False)
     budget, said = choose("--batch_size", "3", force=False)
     assert "not probed" in said[0]
     assert not (tmp_path / MEMORY).exists()

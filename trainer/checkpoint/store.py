@@ -130,6 +130,11 @@ class CheckpointStore:
         shutil.rmtree(gone, ignore_errors=True)
 
 
+def run_folder_of(checkpoint: Path) -> Path:
+    """Return the run directory that a checkpoint folder belongs to; of one outside a run, the folder it lies in."""
+    return checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+
+
 def find_checkpoint(path: Path, *, prefer: str = "best") -> Path:
     """Return the checkpoint folder that a user means.
 

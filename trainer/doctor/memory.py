@@ -18,7 +18,7 @@ from trainer.engine.configuration import read_launch
 from trainer.layout import slot_frames
 from trainer.loss import StepLoss
 from trainer.memory.accounting import granted, is_limited
-from trainer.memory.activations import count_activations, read_ahead
+from trainer.memory.activations import count_activations, read_ahead, size_of
 from trainer.memory.model import Load
 from trainer.memory.probe import probe
 from trainer.memory.static import Backend, static_memory, zero_backend
@@ -57,10 +57,12 @@ def check_memory(recipe: Recipe, corpus: TrainingCorpus, engine: Engine) -> Iter
     engine.prepare(model, recipe.optimization)
     states = STATES[recipe.optimization.optimizer]
     found = probe(engine, loader, worst, goal=slots, states=states, distillation=teacher)
-    # None: the pass that was made for it told nothing.
+    alone = "; a teacher that is asked online comes on top" if recipe.distillation.teacher else ""
     room = "" if found.capacity is None else f" of {size(found.capacity)}"
     taken = found.model.peak(Load(slots=found.budget, padded=round(found.budget * worst.padding)))
-    value = f"{size(taken)}{room} a rank at {found.budget} frames a micro-batch, {len(found.passes)} passes probed"
+    value = (
+        f"{size(taken)}{room} a rank at {found.budget} frames a micro-batch, {len(found.passes)} passes probed{alone}"
+    )
     if not found.fits:
         yield Finding(
             check=CHECK,
@@ -113,13 +115,8 @@ def estimate(recipe: Recipe, dim: int, classes: int, engine: Engine, *, slots: i
 
 def check_checkpoint_space(recipe: Recipe, corpus: TrainingCorpus, node: str) -> Iterator[Finding]:
     """Compare the free space of the run directory with the checkpoints that the run keeps."""
-    import torch
-
-    with torch.device("meta"):
-        model = build_model(
-            recipe.model, feature_dim=corpus.normalization.feature_dim, num_classes=len(corpus.vocabulary)
-        )
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    shape = {"feature_dim": corpus.normalization.feature_dim, "num_classes": len(corpus.vocabulary)}
+    parameters = size_of(recipe, **shape).total
     needed = checkpoint_bytes(parameters, STATES[recipe.optimization.optimizer], recipe.run.keep_checkpoints)
     yield check_space(nearest_folder(Path(recipe.run.output_dir)), node, needed, check="checkpoint space")
 

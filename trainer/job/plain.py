@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 import shlex
 from pathlib import Path
 
 from trainer.errors import InputError
 from trainer.job.directory import AttemptRecord, JobDirectory
+from trainer.job.processes import is_alive, is_here
 
 
 def check_not_launched(run: Path) -> None:
@@ -34,5 +34,4 @@ def check_not_launched(run: Path) -> None:
 def _is_over(record: AttemptRecord) -> bool:
     if record.ended is not None:
         return True
-    is_here = record.attempt.startswith("local-") and record.host == platform.node() and record.pid is not None
-    return is_here and not Path(f"/proc/{record.pid}").exists()
+    return record.attempt.startswith("local-") and is_here(record) and not is_alive(record)

@@ -97,12 +97,15 @@ def count_activations(recipe: Recipe, *, feature_dim: int, num_classes: int, che
     return Counted(size=measure_size(model), passes=fit(loads, peaks), saved_per_slot=saved)
 
 
-def read_ahead(feature_dim: int, *, num_workers: int, on_cuda: bool, itemsize: int = 4) -> float:
-    """Return the bytes per slot of the cells that the loader holds beside the one in use, the update included.
+def read_ahead(
+    feature_dim: int, *, num_workers: int, on_cuda: bool, itemsize: int = 4, stored: int | None = None
+) -> float:
+    """Return the bytes per slot of the cells that the loader (`CellLoader`) holds beside the one in use.
 
-    On a CPU every buffer of `CellLoader` but one; on a GPU the next cell as it is computed on, and the one after it
-    while it is transformed from what is stored: float32, since a table of lengths does not say. `itemsize`: bytes
-    of a value, 1 for frames.
+    On a CPU every buffer but one, the update's included; on a GPU the next cell as it is computed on, and the one after
+    it twice as it is stored. `itemsize`: bytes of a value that is computed on, 1 for frames; `stored`: of one that is
+    stored, the same where nobody says, as a table of lengths does not.
     """
-    cells = 3 if on_cuda else max(2, 2 * num_workers + 1)
-    return float(itemsize) * feature_dim * cells
+    if on_cuda:
+        return feature_dim * float(itemsize + 2 * (itemsize if stored is None else stored))
+    return feature_dim * float(itemsize) * max(2, 2 * num_workers + 1)

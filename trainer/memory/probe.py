@@ -7,11 +7,8 @@ where it runs out. Every rank makes the same passes, and what one of them cannot
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,32 +18,23 @@ import torch
 from trainer.data.loader import TrainingLoader
 from trainer.distillation import Distillation, Undistilled
 from trainer.engine import Engine
-from trainer.files import write_json
 from trainer.layout import slot_frames
 from trainer.memory.accounting import (
     PeakMeter,
     capacity,
-    device_name,
-    fragmentation,
-    granted,
-    is_limited,
     spare_address_space,
 )
+from trainer.memory.activations import read_ahead
 from trainer.memory.cells import load_of, random_cell, run_pass
 from trainer.memory.exhaustion import free_memory, is_exhaustion
 from trainer.memory.model import Load, MemoryModel, fit
-from trainer.memory.worst import WorstCells, find_worst
+from trainer.memory.worst import WorstCells
 from trainer.passes import BrokenPassError
-from trainer.recipe import Recipe
 
-MEMORY = "memory.json"
-_VERSION = 1
 _MARGIN, _MARGIN_IN_STEP = 0.1, 0.2
 """Share of the capacity left free; more where a pass that runs out cannot be taken back."""
 _GROWTH, _GROWTH_IN_STEP, _SHRINK = 2.0, 1.5, 0.75
-_STATES = {"adamw": 2, "adam": 2, "sgd": 1}
 
-Say = Callable[[str], None]
 Indices = npt.NDArray[np.int64]
 
 
@@ -75,53 +63,6 @@ class ProbeResult:
     capacity: int | None
     """Bytes of the rank that has least; None: not known."""
     passes: tuple[Pass, ...]
-
-
-def choose_budget(
-    engine: Engine,
-    loader: TrainingLoader,
-    *,
-    recipe: Recipe,
-    run_dir: Path,
-    say: Say,
-    force: bool = False,
-    distillation: Distillation | Undistilled | None = None,
-) -> int:
-    """Return `max_frames_per_microbatch` for this hardware; all ranks must call it, and get the same.
-
-    What the recipe names stands. Else the cells are probed and the result kept in the run directory; a CPU without a
-    limit of its own is not probed unless `force` asks for it.
-    """
-    if recipe.batch.max_frames_per_microbatch:
-        return int(recipe.batch.max_frames_per_microbatch)
-    plan = loader.plan
-    longest = int(slot_frames(np.array([plan.num_frames.max()]), plan.total_stride)[0])
-    usual = recipe.batch.batch_size * longest
-    if not force and not any(engine.gather_objects(is_limited(engine.device))):
-        say(
-            f"memory: nothing limits this process but the machine's memory, not probed; {usual} frames a micro-batch "
-            "(batch_size x the longest clip)"
-        )
-        return usual
-    size = recipe.global_batch_size(engine.world_size)
-    worst = find_worst(plan, size=size, world_size=engine.world_size, budget=usual)
-    # On a GPU a larger cell is a faster one; on a CPU it is not.
-    goal = max(usual, worst.most) if engine.device.type == "cuda" else max(usual, worst.floor)
-    key = _key(engine, loader, recipe, goal, worst.floor)
-    path = run_dir / MEMORY
-    stored = engine.on_main(lambda: _read(path, key))
-    if stored is not None:
-        say(f"memory: {stored} frames a micro-batch, as probed before ({path.name})")
-        return stored
-    states = _STATES[recipe.optimization.optimizer]
-    found = probe(engine, loader, worst, goal=goal, states=states, distillation=distillation)
-    engine.on_main(lambda: write_json(path, _to_json(found, key, engine)))
-    say(_describe(found))
-    idle = fragmentation(engine.device)
-    if idle is not None and idle.hint:
-        say(f"memory: {idle.hint}")
-    free_memory()
-    return found.budget
 
 
 def probe(
@@ -221,7 +162,20 @@ class _Probe:
             return MemoryModel(fixed=float(self._before), per_slot=0.0, per_padded=0.0)
         fitted = fit([Load(slots=one.slots, padded=one.padded) for one in done], [one.peak for one in done])
         return dataclasses.replace(
-            fitted, fixed=fitted.fixed + self._before, per_slot=fitted.per_slot + _read_ahead(self._loader)
+            fitted, fixed=fitted.fixed + self._before, per_slot=fitted.per_slot + self._read_ahead()
+        )
+
+    def _read_ahead(self) -> float:
+        """Return the bytes per slot of the cells that the loader holds beside the one in use."""
+        split, cells = self._loader.split, self._loader.cell_loader
+        stored = split.storage.dtype.itemsize
+        return read_ahead(
+            split.feature_dim,
+            num_workers=cells.num_workers,
+            on_cuda=cells.device.type == "cuda",
+            # Frames are computed on as they are stored.
+            itemsize=stored if split.is_video else 4,
+            stored=stored,
         )
 
     def _attempt(self, num_frames: Indices, *, counts: bool = True) -> bool:
@@ -282,73 +236,3 @@ def pending_states(engine: Engine, states: int) -> int:
             local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
             missing += states * local.numel() * local.element_size() * (local.device.type == engine.device.type)
     return missing
-
-
-def _read_ahead(loader: TrainingLoader) -> float:
-    """Return the bytes per slot of the cells that the loader holds beside the one in use (`CellLoader`)."""
-    dim, stored = loader.split.feature_dim, loader.split.storage.dtype.itemsize
-    # Frames are computed on as they are stored.
-    computed = stored if loader.split.is_video else 4
-    if loader.cell_loader.device.type == "cuda":
-        # One cell ahead, as stored and as it is computed on.
-        return dim * float(computed + 2 * stored)
-    return dim * float(computed) * max(2, 2 * loader.cell_loader.num_workers + 1)
-
-
-def _key(engine: Engine, loader: TrainingLoader, recipe: Recipe, goal: int, floor: int) -> str:
-    """Hash what the result depends on, of all ranks."""
-    facts = {
-        "version": _VERSION,
-        "model": asdict(recipe.model),
-        "objective": asdict(recipe.objective),
-        "distillation": asdict(recipe.distillation),
-        "optimizer": recipe.optimization.optimizer,
-        "precision": recipe.run.mixed_precision,
-        "activation_checkpointing": recipe.run.activation_checkpointing,
-        "compile": recipe.run.compile,
-        "num_workers": recipe.corpus.num_workers,
-        "feature_dim": loader.split.feature_dim,
-        "classes": len(loader.vocabulary),
-        "backend": engine.name,
-        "world_size": engine.world_size,
-        "goal": goal,
-        "longest": floor,
-        "devices": engine.gather_objects((device_name(engine.device), granted(engine.device))),
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _read(path: Path, key: str) -> int | None:
-    """Return the budget of an earlier probe of the same; None if there is none."""
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        return int(stored["budget"]) if stored["key"] == key else None
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError):
-        # Of no use, and made again in a moment.
-        return None
-
-
-def _to_json(found: ProbeResult, key: str, engine: Engine) -> dict[str, Any]:
-    return {
-        "key": key,
-        "budget": found.budget,
-        "fits": found.fits,
-        "capacity": found.capacity,
-        "backend": engine.name,
-        "world_size": engine.world_size,
-        "device": device_name(engine.device),
-        "model": found.model.to_json(),
-        "passes": [asdict(one) for one in found.passes],
-    }
-
-
-def _describe(found: ProbeResult) -> str:
-    room = "" if found.capacity is None else f" of {found.capacity / 1e9:.1f} GB"
-    model = found.model
-    text = (
-        f"memory: {found.budget} frames a micro-batch, probed in {len(found.passes)} passes "
-        f"({model.fixed / 1e9:.2f} GB and {model.per_slot / 1e6:.3f} MB a frame{room})"
-    )
-    return text if found.fits else f"{text}; warning: the longest clip alone ran out of memory"
