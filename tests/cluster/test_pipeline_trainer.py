@@ -12,6 +12,7 @@ from trainer.job.directory import JobDirectory, read_lines
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_from_teacher_to_student(cluster: Cluster, corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     path = write_tiny(tmp_path / "p.yaml", corpus, out)

@@ -12,8 +12,8 @@ _TRAIN = (
 )
 
 
-def write_tiny(path: Path, corpus: Path, out: Path, teacher: str = "") -> Path:
-    """Write the pipeline; `teacher` is added to the teacher's arguments."""
+def write_tiny(path: Path, corpus: Path, out: Path, *, teacher: str = "", evaluation: str = "") -> Path:
+    """Write the pipeline; `teacher` is added to the teacher's arguments, `evaluation` to those of its evaluation."""
     train = _TRAIN.replace("{corpus}", str(corpus))
     path.write_text(
         f"""\
@@ -24,7 +24,7 @@ stages:
     arguments: {{{train}{teacher}}}
   - name: teacher-dev
     command: evaluate
-    arguments: {{checkpoint: "{{teacher.run}}", split: dev, beam_width: 1}}
+    arguments: {{checkpoint: "{{teacher.run}}", split: dev, beam_width: 1{evaluation}}}
   - name: targets
     command: extract
     after: teacher
