@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from tests.cluster.cluster import DEADLINE, Cluster
-from tests.conftest import TINY, column, train, weights
+from tests.conftest import TINY, column, launch, train, weights
 from trainer.job.directory import JobDirectory
 
 RECIPE = ["--warmup_epochs", "0", "--learning_rate", "1e-3", "--batch_size", "6", "--log_every", "1"]
 SHORT = [*RECIPE, "--max_steps", "8", "--evaluate_every", "8"]
-LONG = [*RECIPE, "--max_steps", "150", "--evaluate_every", "50", "--save_every", "10", "--keep_checkpoints", "2"]
+LONG = [*RECIPE, "--max_steps", "80", "--evaluate_every", "40", "--save_every", "5", "--keep_checkpoints", "2"]
 SECONDS = 3 * DEADLINE
 """Six processes import torch here, on cores that others use too."""
 
@@ -52,7 +52,8 @@ def test_a_disturbed_training_ends_in_the_same_bits(cluster: Cluster, corpus: Pa
     assert cluster.wait_for_end(job_id, timeout=2 * SECONDS).state == "COMPLETED", said(run)
     words = [record.word for record in JobDirectory.of(run).history()]
     assert words == ["RESUME" if what == "warned" else None, "DONE"], said(run)
-    train(4, corpus, tmp_path / "undisturbed", *LONG)
+    flags = ["--data_dir", str(corpus), "--output_dir", str(tmp_path / "undisturbed"), *TINY, *LONG]
+    launch(4, "trainer.train", flags, timeout=2 * SECONDS)
     assert column(run, "step") == column(tmp_path / "undisturbed", "step")
     assert weights(run) == weights(tmp_path / "undisturbed")
 

@@ -1,0 +1,126 @@
+"""The director as the process that it is, led by words alone: no cluster is asked for an attempt that is done."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.jobs.plan import Plan
+from tests.conftest import ROOT, environment
+from trainer.job.directory import AttemptRecord, JobDirectory
+
+LEAVE = """
+import sys, time
+from pathlib import Path
+from trainer.job.directory import JobDirectory
+job = JobDirectory(Path(sys.argv[1]))
+while sys.argv[2] == "when asked" and not job.stop.exists():
+    time.sleep(0.02)
+job.leave_word("DONE", attempt="7.1", step=40, reason="all is done", code=int(sys.argv[3]))
+print("left")
+"""
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> JobDirectory:
+    """A job that was launched."""
+    plan = Plan(
+        way="slurm",
+        name="job",
+        run=tmp_path / "run",
+        command=("-m", "module"),
+        module="module",
+        arguments=(),
+        interpreter=sys.executable,
+        created=0.0,
+    )
+    plan.save()
+    return plan.job
+
+
+def director(job: JobDirectory, *command: str) -> subprocess.Popen[str]:
+    """Start it as the batch script of job 7 does, in its second attempt."""
+    batch = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1", "SLURM_JOB_NODELIST": "node[1-2]"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch.slurm.director", "--job", str(job.folder), "--", *command],
+        env=environment() | batch,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def leave(job: JobDirectory, when: str = "at once", code: int = 0) -> list[str]:
+    """A command that leaves DONE."""
+    return [sys.executable, "-c", LEAVE, str(job.folder), when, str(code)]
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_done_ends_with_the_command_s_own_code(job: JobDirectory, code: int) -> None:
+    process = director(job, *leave(job, code=code))
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == code, said
+    assert "done: all is done" in said
+    (record,) = job.history()
+    assert (record.attempt, record.job_id, record.word) == ("7.1", "7", "DONE")
+    assert (job.logs / "7.1.log").read_text() == "left\n"
+
+
+def test_every_signal_is_one_request_to_stop(job: JobDirectory) -> None:
+    process = director(job, *leave(job, "when asked"))
+    deadline = time.monotonic() + 120
+    while not job.attempts.exists():
+        assert time.monotonic() < deadline, process.communicate(timeout=5)
+        time.sleep(0.02)
+    for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGTERM):
+        if process.poll() is None:
+            os.kill(process.pid, number)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert said.count("asking the ranks") == 1
+    assert job.stop.exists()
+
+
+def test_what_ended_before_its_script_could_say_so_is_not_done_again(job: JobDirectory) -> None:
+    job.begin(AttemptRecord(attempt="7.0", began=1.0, job_id="7"))
+    job.leave_word("DONE", attempt="7.0", step=40, reason="all is done")
+    process = director(job, "false")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    (record,) = job.history()
+    assert (record.word, record.ended is not None) == ("DONE", True)
+
+
+def test_an_attempt_that_slurm_took_back_gets_its_end_from_the_next(job: JobDirectory) -> None:
+    job.begin(AttemptRecord(attempt="7.0", began=1.0, job_id="7"))
+    process = director(job, *leave(job))
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    first, second = job.history()
+    assert (first.word, first.reason) == (None, "left without a word (preempted, or its node failed)")
+    assert second.word == "DONE"
+
+
+def test_a_job_cancelled_while_it_waited_starts_nothing(job: JobDirectory, tmp_path: Path) -> None:
+    job.cancel("cancelled by a test")
+    process = director(job, "touch", str(tmp_path / "started"))
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, said
+    assert "stop: stopped on request: cancelled by a test" in said
+    assert not (tmp_path / "started").exists()
+
+
+def test_a_folder_that_the_node_does_not_see(tmp_path: Path) -> None:
+    process = director(JobDirectory.of(tmp_path / "elsewhere"), "true")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "does not see" in said
+    assert "file system that all nodes share" in said
+    assert not (tmp_path / "elsewhere").exists()
