@@ -68,7 +68,7 @@ def test_every_script_is_one_that_shells_and_their_critics_accept(tmp_path: Path
 
 def test_the_script_runs_with_every_value_as_it_was_typed(tmp_path: Path) -> None:
     """The whole script is executed, with an interpreter that writes down what it was given."""
-    work = tmp_path / HOSTILE.replace("/", "_")
+    work = tmp_path / HOSTILE.replace("\\", "_")
     work.mkdir()
     interpreter = work / "python $(touch CANARY)"
     interpreter.write_text('#!/bin/bash\nprintf "%s\\0" "$PWD" "$PYTHONPATH" "$@" >"$SEEN"\n')
