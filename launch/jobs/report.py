@@ -113,11 +113,21 @@ def _of_tasks(plan: dict[str, Any] | None, problems: list[str]) -> list[dict[str
 
 def report_run(run: Path) -> RunReport:
     """Report on one run. Raises `InputError` where it is none, or cannot be read."""
-    check_is_run(run)
-    reports, problems = report_runs([run])
+    array = _find_array(run)
+    if array is None:
+        check_is_run(run)
+    reports, problems = report_runs([run if array is None else array])
     if problems:
         raise InputError(problems)
-    return reports[0]
+    return next((task for task in reports[0].tasks if array and task.run.resolve() == run.resolve()), reports[0])
+
+
+def _find_array(run: Path) -> Path | None:
+    """Return the array that a run is a task of; None for a run of its own."""
+    if JobDirectory.of(run).plan.exists():
+        return None
+    tasks = (read_plan(JobDirectory.of(run.absolute().parent)) or {}).get("tasks") or []
+    return run.absolute().parent if any(Path(task["run"]).resolve() == run.resolve() for task in tasks) else None
 
 
 def check_is_run(run: Path) -> None:
@@ -192,7 +202,9 @@ def _report_one(e: Evidence, queue: Queue, task: int | None) -> RunReport:
 
 
 def _overrides(plan: dict[str, Any], task: int | None) -> dict[str, Any]:
-    return {} if task is None else dict(plan["tasks"][task].get("overrides") or {})
+    settings = {} if task is None else dict(plan["tasks"][task].get("overrides") or {})
+    # Where the run lies is known; its recipe lies there.
+    return {key: value for key, value in settings.items() if key not in ("config", "output_dir")}
 
 
 def _blame(e: Evidence, queue: Queue) -> str | None:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from launch.jobs.live import check_not_live
 from launch.jobs.options import LaunchOptions, parse_options
 from launch.jobs.plan import Plan, Way
 from launch.pipeline.definition import Definition
@@ -47,6 +48,7 @@ def _plan(definition: Definition, ready: Ready, way: Way, extra: Sequence[str]) 
         options = dataclasses.replace(options, common=common)
         plan = prepare(way, options, [ready.stage.command, *ready.words])
         # Two evaluations of one run are two jobs.
+        check_not_live(folder)
         return dataclasses.replace(plan, run=folder, snapshot=plan.snapshot and folder / "job" / "snapshot"), options
     # One process, which asks for no more than that, whatever suits the trainings.
     slurm = dataclasses.replace(

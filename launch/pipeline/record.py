@@ -109,6 +109,8 @@ def _state(job: JobDirectory) -> str | None:
     if deeper:
         return f"was not begun, since {'; '.join(deeper)}"
     attempts = job.history()
+    if attempts and attempts[-1].word == "DONE":
+        return "is to be done again"
     if attempts and attempts[-1].ended is not None:
         return f"is not done: {attempts[-1].reason or 'its last attempt left no word'}"
     return "is not done yet" if attempts else "has not been started"

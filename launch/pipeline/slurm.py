@@ -20,12 +20,13 @@ from launch.pipeline.resolving import Ready, changes
 from launch.prepare import missing_paths, write
 from launch.slurm.control import ControlError, ask, show
 from launch.slurm.environment import clean
+from launch.slurm.needs import redirect
 from launch.slurm.submit import require_cluster, submit
 from trainer.errors import InputError, name_some
 from trainer.files import write_text
 from trainer.job.directory import JobDirectory, read_lines
 
-_KEPT = ("plan.json", "job.sh", "stage.json", "recipe.yaml", "submissions.jsonl", "CANCELLED")
+_KEPT = ("plan.json", "job.sh", "stage.json", "recipe.yaml", "submissions.jsonl", "CANCELLED", "DONE")
 """Files of a job folder that a submission writes or deletes."""
 
 
@@ -57,6 +58,8 @@ def submit_pipeline(
         for ready in todo:
             plan = write(plans[ready.name])
             records[ready.name].save(plan.job)
+            # What is to be done again is not done from here on, whatever becomes of the job.
+            (plan.job.folder / "DONE").unlink(missing_ok=True)
             _submit(ready, plan, test_only=True)
         for ready in todo:
             needs = [jobs.get(name) or queued.get(name) for name in ready.stage.after]
@@ -66,6 +69,9 @@ def submit_pipeline(
             undo.submitted.append(number)
             jobs[ready.name] = number
             held += [number] if first else []
+        for name, number in queued.items():
+            if jobs.keys() & records[name].needs.keys():
+                _redirect(name, records[name], number)
         for number in held:
             _release(number)
     print(f"\n{_report(decisions, jobs, queued)}")
@@ -110,6 +116,14 @@ def _is_held_by_us(job: JobDirectory, number: str) -> bool:
     """Tell whether a job still waits for a submission that was broken off before it released it."""
     newest = read_lines(job.submissions)[-1]
     return bool(newest.get("held")) and "JobHeldUser" in show(number).get("Reason", "")
+
+
+def _redirect(name: str, record: StageRecord, number: str) -> None:
+    """Let a job that was in the queue before wait for a stage that is submitted again."""
+    try:
+        redirect(record, number)
+    except ControlError as error:
+        raise InputError(f"stage {name}: {error}; type the same command again") from error
 
 
 def _release(number: str) -> None:
@@ -165,9 +179,10 @@ class _Undo:
             return
         remaining = self._cancel()
         self._restore()
-        if isinstance(error, InputError):
+        problems = error.problems if isinstance(error, InputError) else ("interrupted",)
+        if isinstance(error, InputError | KeyboardInterrupt):
             said = f"; {remaining}" if remaining else ""
-            raise InputError([*error.problems, f"no stage was left in the queue, and no file changed{said}"]) from error
+            raise InputError([*problems, f"no stage was left in the queue, and no file changed{said}"]) from error
 
     def _cancel(self) -> str:
         if not self.submitted:

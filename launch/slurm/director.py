@@ -68,10 +68,18 @@ def main(argv: Sequence[str]) -> int:
             _run(command, leading)
     requests.close()
     code = _conclude(leading, found)
-    is_sweep = leading.task is not None and (leading.plan.run / RECORD).exists()
-    if is_sweep and (table := publish(leading.plan.run)) is not None:
-        say(f"all runs of this sweep have ended\n{table}")
+    if leading.task is not None and (leading.plan.run / RECORD).exists():
+        _show_sweep(leading.plan.run)
     return code
+
+
+def _show_sweep(out: Path) -> None:
+    """Keep the sweep's table, and print it after the last run; what goes wrong here is no failure of this run."""
+    try:
+        table = publish(out)
+    except (InputError, OSError) as error:
+        return say(f"no table of the sweep: {error}")
+    return say(f"all runs of this sweep have ended\n{table}") if table is not None else None
 
 
 def _refuse(leading: Leading, lacking: str) -> int:

@@ -37,15 +37,22 @@ def redirect_children(job: JobDirectory) -> Iterator[str]:
     record = StageRecord.load(job)
     for name, folder in ({} if record is None else record.children).items():
         child = JobDirectory(Path(folder))
-        known = StageRecord.load(child)
-        number = newest_job(child)
-        if known is None or number is None or (needed := dependency(known)) is None:
+        known, number = StageRecord.load(child), newest_job(child)
+        if known is None or number is None:
             continue
         try:
-            if show(number).get("JobState") != "PENDING":
-                continue
-            ask("scontrol", "update", f"JobId={number}", f"Dependency={needed}")
+            needed = redirect(known, number)
         except ControlError as error:
             yield f"stage {name} (job {number}) cannot be told to wait for the new job: {error}"
         else:
-            yield f"stage {name} (job {number}) now waits for {needed.partition(':')[2].replace(':', ', ')}"
+            yield f"stage {name} (job {number}) now waits for {needed or 'nothing'}"
+
+
+def redirect(record: StageRecord, number: str) -> str | None:
+    """Let a stage's job wait for the newest jobs of those it needs. Raises `ControlError` where it waits no longer."""
+    needed = dependency(record)
+    if show(number).get("JobState") != "PENDING":
+        raise ControlError(f"job {number} is no longer waiting")
+    if needed is not None:
+        ask("scontrol", "update", f"JobId={number}", f"Dependency={needed}")
+    return needed

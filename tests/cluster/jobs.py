@@ -39,7 +39,7 @@ class StubJob:
         size = ["--nodes", str(nodes), "--ranks_per_node", str(ranks_per_node), "--cpus_per_task", "1", "--mem", "100"]
         command = ["-m", "tests.cluster.stub", "--output_dir", str(run), *stub_options]
         for task in range(tasks):
-            (run / str(task)).mkdir(parents=True)
+            (run / str(task)).mkdir(parents=True, exist_ok=True)
         made = [Task(run=run / str(task), overrides={"output_dir": str(run / str(task))}) for task in range(tasks)]
         launched = parse_options("slurm", ["--run", str(run), "--launcher", "plain", *size, *options])
         plan = write(prepare("slurm", launched, command, tasks=made or None))

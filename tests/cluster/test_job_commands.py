@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,15 @@ from tests.cluster.jobs import StubJob
 from trainer.job.directory import JobDirectory
 
 Signscale = Callable[..., str]
-LONG = ["--steps", "1000000", "--save_every", "2"]
+Start = Callable[..., StubJob]
+OFTEN = ["--save_every", "2"]
+
+
+@pytest.fixture
+def start(shared_cluster: Cluster) -> Iterator[Start]:
+    """Start jobs of the stub trainer, which end with the test."""
+    with ExitStack() as jobs:
+        yield lambda run, **options: jobs.enter_context(StubJob(shared_cluster, run, **options))
 
 
 @pytest.fixture
@@ -41,11 +50,11 @@ def signscale(
 
 
 def test_a_running_job_is_listed_read_and_ended_with_a_save(
-    shared_cluster: Cluster, signscale: Signscale, tmp_path: Path
+    shared_cluster: Cluster, signscale: Signscale, start: Start, tmp_path: Path
 ) -> None:
     runs = tmp_path / "runs"
-    job = StubJob(shared_cluster, runs / "teacher", stub_options=LONG)
-    job.wait_for_step(4)
+    job = start(runs / "teacher", stub_options=OFTEN)
+    job.wait_for_step()
     listed = signscale("jobs", runs)
     assert "RUNNING" in listed
     assert f"job {job.job_id} on node[1-2]" in listed
@@ -63,11 +72,11 @@ def test_a_running_job_is_listed_read_and_ended_with_a_save(
     assert "nothing to cancel" in signscale("cancel", job.run)
 
 
-def test_what_will_not_save_is_ended_at_once(shared_cluster: Cluster, signscale: Signscale, tmp_path: Path) -> None:
-    job = StubJob(
-        shared_cluster, tmp_path / "teacher", nodes=1, ranks_per_node=1, stub_options=[*LONG, "--step_seconds", "0.2"]
-    )
-    job.wait_for_step(2)
+def test_what_will_not_save_is_ended_at_once(
+    shared_cluster: Cluster, signscale: Signscale, start: Start, tmp_path: Path
+) -> None:
+    job = start(tmp_path / "teacher", nodes=1, ranks_per_node=1, stub_options=[*OFTEN, "--step_seconds", "0.2"])
+    job.wait_for_step()
     said = signscale("cancel", job.run, "--now")
     assert f"job {job.job_id}: ended at once" in said
     assert shared_cluster.wait_for_state(job.job_id, *ENDED).state == "CANCELLED"
@@ -76,10 +85,10 @@ def test_what_will_not_save_is_ended_at_once(shared_cluster: Cluster, signscale:
 
 
 def test_jobs_that_wait_say_why_and_leave_the_queue(
-    shared_cluster: Cluster, signscale: Signscale, tmp_path: Path
+    shared_cluster: Cluster, signscale: Signscale, start: Start, tmp_path: Path
 ) -> None:
-    held = StubJob(shared_cluster, tmp_path / "held", sbatch=["--hold"])
-    later = StubJob(shared_cluster, tmp_path / "later", sbatch=["--begin=now+1hour"])
+    held = start(tmp_path / "held", sbatch=["--hold"])
+    later = start(tmp_path / "later", sbatch=["--begin=now+1hour"])
     told = signscale("status", held.run)
     assert "HELD" in told
     assert f"scontrol release {held.job_id}" in told
@@ -94,9 +103,11 @@ def test_jobs_that_wait_say_why_and_leave_the_queue(
     assert listed.count("before it began") == 2
 
 
-def test_a_requeued_job_is_followed_to_its_end(shared_cluster: Cluster, signscale: Signscale, tmp_path: Path) -> None:
-    job = StubJob(shared_cluster, tmp_path / "teacher", stub_options=["--steps", "30"])
-    job.wait_for_step(5)
+def test_a_requeued_job_is_followed_to_its_end(
+    shared_cluster: Cluster, signscale: Signscale, start: Start, tmp_path: Path
+) -> None:
+    job = start(tmp_path / "teacher")
+    job.wait_for_step()
     command = [sys.executable, "-m", "launch.cli", "logs", "-f", str(job.run)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, cwd=ROOT, env=shared_cluster.env(), text=True, **pipes) as follower:  # type: ignore[call-overload]
@@ -105,19 +116,19 @@ def test_a_requeued_job_is_followed_to_its_end(shared_cluster: Cluster, signscal
         told = signscale("status", job.run)
         assert "REQUEUED" in told
         assert "two minutes" in told
-        shared_cluster.wait_for_end(job.job_id)
+        job.finish()
         out, err = follower.communicate(timeout=90)
     assert follower.returncode == 0, err
     assert out.count("rank 0 of 4") == 2, out + err
     assert f"--- attempt {job.job_id}.1" in err
-    assert err.splitlines()[-1].startswith("--- DONE: finished at step 30")
+    assert err.splitlines()[-1].startswith("--- DONE: finished at step")
 
 
 def test_a_requeued_job_is_taken_out_of_the_queue(
-    shared_cluster: Cluster, signscale: Signscale, tmp_path: Path
+    shared_cluster: Cluster, signscale: Signscale, start: Start, tmp_path: Path
 ) -> None:
-    job = StubJob(shared_cluster, tmp_path / "teacher", nodes=1, ranks_per_node=1, stub_options=LONG)
-    job.wait_for_step(2)
+    job = start(tmp_path / "teacher", nodes=1, ranks_per_node=1, stub_options=OFTEN)
+    job.wait_for_step()
     job.job.request_stop("asked by a test")
     shared_cluster.wait_for_requeue(job.job_id)
     said = signscale("cancel", job.run)
@@ -126,10 +137,12 @@ def test_a_requeued_job_is_taken_out_of_the_queue(
     assert shared_cluster.job(job.job_id).state == "CANCELLED"
 
 
-def test_one_task_of_an_array_is_ended_alone(shared_cluster: Cluster, signscale: Signscale, tmp_path: Path) -> None:
-    job = StubJob(shared_cluster, tmp_path / "sweep", nodes=1, ranks_per_node=1, tasks=2, stub_options=LONG)
+def test_one_task_of_an_array_is_ended_alone(
+    shared_cluster: Cluster, signscale: Signscale, start: Start, tmp_path: Path
+) -> None:
+    job = start(tmp_path / "sweep", nodes=1, ranks_per_node=1, tasks=2, stub_options=OFTEN)
     for task in ("0", "1"):
-        job.wait_for_step(2, job.run / task)
+        job.wait_for_step(run=job.run / task)
     told = signscale("status", job.run)
     assert "2 tasks: 2 RUNNING" in told
     signscale("cancel", job.run, "--task", "1")
@@ -155,10 +168,12 @@ def test_a_strangers_job_is_never_cancelled(shared_cluster: Cluster, signscale: 
     shared_cluster.run("scancel", stranger)
 
 
-def test_a_child_says_which_parent_failed(shared_cluster: Cluster, signscale: Signscale, tmp_path: Path) -> None:
-    parent = StubJob(shared_cluster, tmp_path / "parent", stub_options=["--mistake", "no corpus"])
+def test_a_child_says_which_parent_failed(
+    shared_cluster: Cluster, signscale: Signscale, start: Start, tmp_path: Path
+) -> None:
+    parent = start(tmp_path / "parent", stub_options=["--mistake", "no corpus"])
     after = [f"--dependency=afterok:{parent.job_id}", "--kill-on-invalid-dep=yes"]
-    child = StubJob(shared_cluster, tmp_path / "child", sbatch=after)
+    child = start(tmp_path / "child", sbatch=after)
     child.job.add_submission(child.job_id, cluster=None, after=[f"afterok:{parent.job_id}"])
     shared_cluster.wait_for_state(child.job_id, "CANCELLED")
     told = signscale("status", child.run)

@@ -17,8 +17,10 @@ from launch.pipeline.definition import Definition, Stage
 from launch.pipeline.resolving import Ready
 from launch.pipeline.slurm import find_queued, submit_pipeline
 from launch.prepare import prepare
+from launch.sweep.table import record
 from tests.cluster import stub
 from tests.cluster.cluster import Cluster
+from tests.cluster.jobs import StubJob
 from trainer.errors import InputError
 from trainer.job.directory import JobDirectory, read_lines
 
@@ -36,9 +38,9 @@ class StubPipeline:
         self.stages: list[Ready] = []
         self.words: dict[str, list[str]] = {}
 
-    def add(self, name: str, *after: str, words: Sequence[str] = ("--steps", "5")) -> None:
-        """Add a stage."""
-        stage = Stage(name=name, command="train", arguments=(), after=after, options={}, own={}, line=1)
+    def add(self, name: str, *after: str, words: Sequence[str] = ("--steps", "5"), command: str = "train") -> None:
+        """Add a stage; `command` is what it passes for."""
+        stage = Stage(name=name, command=command, arguments=(), after=after, options={}, own={}, line=1)
         run = self.folder / name
         content = {"words": list(words)}
         self.stages.append(Ready(stage=stage, words=(), folder=run, output=run, content=content))
@@ -60,13 +62,13 @@ class StubPipeline:
         stages = tuple(ready.stage for ready in self.stages)
         return Definition(file=self.folder / "pipeline.yaml", name="test", output_dir=self.folder, stages=stages)
 
-    def decide(self) -> tuple[Decision, ...]:
+    def decide(self, start: str | None = None) -> tuple[Decision, ...]:
         """What is to be done."""
-        return decide(self.definition, self.stages)
+        return decide(self.definition, self.stages, start)
 
-    def submit(self) -> None:
+    def submit(self, start: str | None = None) -> None:
         """Do what the command does."""
-        decisions = self.decide()
+        decisions = self.decide(start)
         queued = find_queued([decision.ready for decision in decisions if decision.run])
         plans = {
             decision.ready.name: self._plan(decision.ready)
@@ -144,6 +146,37 @@ def test_a_resubmitted_parent_takes_its_children_along(pipeline: StubPipeline) -
     assert weights in (pipeline.run("teacher") / "checkpoints" / "step-000000012" / "weights.json").read_text()
 
 
+def test_what_waits_for_a_stage_that_is_submitted_again_waits_for_the_new_job(pipeline: StubPipeline) -> None:
+    pipeline.options = ["--sbatch", "begin=now+1hour"]
+    pipeline.add("teacher")
+    pipeline.add("student", "teacher")
+    pipeline.submit()
+    first, child = pipeline.number("teacher"), pipeline.number("student")
+    assert pipeline.dependency("student").startswith(f"afterok:{first}")
+    # The child shall survive the cancelling, whichever comes first.
+    pipeline.cluster.run("scontrol", "update", f"JobId={child}", "Dependency=")
+    pipeline.cluster.run("scancel", first)
+    pipeline.cluster.wait_for_state(first, "CANCELLED")
+    pipeline.submit()
+    assert pipeline.number("student") == child
+    assert pipeline.number("teacher") != first
+    assert pipeline.dependency("student").startswith(f"afterok:{pipeline.number('teacher')}")
+    pipeline.cluster.run("scancel", pipeline.number("teacher"), child)
+
+
+def test_what_is_to_be_done_again_is_not_done(pipeline: StubPipeline) -> None:
+    pipeline.add("targets", command="extract")
+    pipeline.submit()
+    assert pipeline.cluster.wait_for_end(pipeline.number("targets")).state == "COMPLETED"
+    assert not any(decision.run for decision in pipeline.decide())
+    pipeline.options = ["--sbatch", "begin=now+1hour"]
+    pipeline.submit("targets")
+    # A job that never comes to its turn leaves the stage undone.
+    pipeline.cluster.run("scancel", pipeline.number("targets"))
+    pipeline.cluster.wait_for_state(pipeline.number("targets"), "CANCELLED")
+    assert [decision.run for decision in pipeline.decide()] == [True]
+
+
 def test_a_stage_that_starts_too_early_says_so(pipeline: StubPipeline) -> None:
     pipeline.add("teacher", words=["--steps", "100000", "--step_seconds", "0.5"])
     pipeline.add("student", "teacher")
@@ -186,3 +219,24 @@ def test_a_refused_stage_leaves_nothing_behind(
     assert f"test-{tmp_path.name}" not in queue
     # And nothing had begun.
     monkeypatch.undo()
+
+
+def test_the_last_run_of_a_sweep_shows_the_table(shared_cluster: Cluster, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    settings = [{"seed": "0"}, {"seed": "1"}, {"seed": "2"}]
+    record(out, [(out / str(task), one) for task, one in enumerate(settings)])
+    for task, wer in enumerate((30.0, 10.0, 20.0)):
+        (out / str(task)).mkdir(parents=True)
+        (out / str(task) / "metrics.jsonl").write_text(f'{{"step": 5, "val/wer": {wer}}}\n')
+    job = StubJob(shared_cluster, out, nodes=1, ranks_per_node=1, stub_options=["--steps", "5"], tasks=3)
+    for task in range(3):
+        assert shared_cluster.wait_for_end(f"{job.job_id}_{task}").state == "COMPLETED"
+    shown = [text for path in job.job.logs.glob("slurm*.out") if "all runs of this sweep" in (text := path.read_text())]
+    assert shown
+    table = shown[0].partition("all runs of this sweep have ended\n")[2].splitlines()
+    assert [line.split()[0] for line in table[:4]] == ["seed", "1", "2", "0"]
+    assert table[4] == f"3 of 3 runs are done; best so far: {out}/1"
+    assert (out / "sweep.txt").read_text().splitlines() == table[:5]
+    # A task's folder is a run like any other to those who ask for it.
+    report = report_run(out / "1")
+    assert (report.run, report.state, report.job_ids) == (out / "1", "DONE", (job.job_id,))

@@ -99,6 +99,11 @@ def test_a_slow_neighbour_makes_nobody_slow() -> None:
     assert (found.verdict, found.nodes) == ("FAIL", ("c",))
     [found] = check_lines([("a", "b", 1e9), ("c", "d", 1e9), ("a", "c", 9e8)], leader="a")
     assert found.verdict == "ok"
+    # Quick enough by itself, and below half of the others: worth a word.
+    [found] = check_lines([("a", "b", 4e8), ("a", "c", 1.8e8), ("b", "c", 1.7e8)], leader="a")
+    assert (found.verdict, found.nodes) == ("warn", ())
+    [found] = check_lines([("a", "b", 1e10), ("a", "c", 1e9), ("b", "c", 1e9)], leader="a")
+    assert (found.verdict, found.nodes) == ("FAIL", ("c",))
     # All alike and slow: worth a word, and nobody's fault.
     [found] = check_lines([("a", "b", 1e7)], leader="a")
     assert (found.verdict, found.nodes) == ("warn", ())
@@ -219,8 +224,14 @@ def test_ranks_that_came_less_far_are_those_the_others_waited_for(tmp_path: Path
     [found] = judge_ranks(stage, tmp_path, {0: "node1", 2: "node3"})
     assert found.nodes == ("node1",)
     assert "libcuda.so" in found.value
-    (tmp_path / RANKS).write_text(json.dumps([Finding(check="all-reduce", value="right").to_json()]))
-    assert [one.check for one in judge_ranks(stage, tmp_path, {0: "node1", 2: "node3"})] == ["ranks", "all-reduce"]
+    # What was found before is not lost.
+    told = {"done": False, "findings": [Finding(check="all-reduce", value="right").to_json()]}
+    (tmp_path / RANKS).write_text(json.dumps(told))
+    found = judge_ranks(stage, tmp_path, {0: "node1", 2: "node3"})
+    assert [(one.check, one.verdict) for one in found] == [("all-reduce", "ok"), ("ranks", "FAIL")]
+    (tmp_path / RANKS).write_text(json.dumps(told | {"done": True}))
+    found = judge_ranks(stage, tmp_path, {0: "node1", 2: "node3"})
+    assert [(one.check, one.verdict) for one in found] == [("ranks", "ok"), ("all-reduce", "ok")]
 
 
 def test_devices_are_counted_without_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

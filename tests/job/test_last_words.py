@@ -151,7 +151,7 @@ def test_a_process_that_starts_itself_again_leaves_only_its_end(job: JobDirector
     script.write_text(_AGAIN)
     variables = {name: os.environ[name] for name in (JOB, ATTEMPT, TOKEN)}
     done = subprocess.run(
-        [sys.executable, script], env=environment() | variables, cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, script], env=environment() | variables, cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert (word(job).word, word(job).reason, word(job).step) == ("DONE", "finished below", 2)

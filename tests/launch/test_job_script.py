@@ -27,7 +27,7 @@ def plan_of(run: Path, *options: str, command: Sequence[str] = ("x",), tasks: li
 
 
 VARIANTS = {
-    "plain": ["--exclusive", "--preflight"],
+    "plain": [],
     "gpus": [
         "--nodes",
         "4",
@@ -68,7 +68,7 @@ def test_every_script_is_one_that_shells_and_their_critics_accept(tmp_path: Path
 
 def test_the_script_runs_with_every_value_as_it_was_typed(tmp_path: Path) -> None:
     """The whole script is executed, with an interpreter that writes down what it was given."""
-    work = tmp_path / HOSTILE.replace("\\", "_")
+    work = tmp_path / HOSTILE.replace("/", "_")
     work.mkdir()
     interpreter = work / "python $(touch CANARY)"
     interpreter.write_text('#!/bin/bash\nprintf "%s\\0" "$PWD" "$PYTHONPATH" "$@" >"$SEEN"\n')
@@ -173,8 +173,6 @@ def test_a_line_break_in_a_value_is_refused(tmp_path: Path, option: str) -> None
         plan_of(tmp_path / "run", option, value)
     with pytest.raises(InputError, match="holds a line break"):
         plan_of(tmp_path / "a\nb")
-    with pytest.raises(InputError, match="reads a backslash"):
-        plan_of(tmp_path / "a\\b")
 
 
 def test_what_a_plan_says_survives_its_file(tmp_path: Path) -> None:

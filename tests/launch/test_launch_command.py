@@ -132,12 +132,13 @@ def test_options_that_are_paths_are_all_known() -> None:
     """A new option of type Path has to be made absolute too."""
     from launch.jobs import place
 
-    decoder = (ROOT / "trainer" / "scoring" / "decoder.py").read_text()
     for name, known in place._OPTION_PATHS.items():
-        source = (ROOT / "trainer" / f"{name}.py").read_text() + decoder
-        lines = [line for line in source.splitlines() if "type=Path" in line and '"--' in line]
-        named = {line.split('"--')[1].split('"')[0] for line in lines}
-        assert named
+        source = (ROOT / "trainer" / f"{name}.py").read_text() + (
+            ROOT / "trainer" / "scoring" / "decoder.py"
+        ).read_text()
+        named = {
+            line.split('"--')[1].split('"')[0] for line in source.splitlines() if "type=Path" in line and '"--' in line
+        }
         assert named - {"lm"} <= set(known), name
 
 

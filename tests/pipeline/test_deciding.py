@@ -1,4 +1,4 @@
-"""What is done is left alone; what changed is done again only where that destroys nothing, and never by chance."""
+"""What is done is left alone; what changed is done again only where that destroys nothing."""
 
 from __future__ import annotations
 
@@ -114,8 +114,8 @@ def test_another_recipe_in_a_finished_run_is_refused(chain: Chain) -> None:
     chain.do("teacher", "targets", "student", "compare")
     chain.contents["teacher"] = {"seed": 2}
     assert chain.refusal()[0] == (
-        "DIR/p.yaml:1: stage teacher: DIR/teacher holds a run of another recipe (seed 1 -> 2); name another "
-        "output_dir, or move that run away: mv DIR/teacher DIR/teacher-old"
+        "DIR/p.yaml:1: stage teacher: DIR/teacher holds a run of another recipe (seed 1 -> 2); "
+        "name another output_dir, or move that run away: mv DIR/teacher DIR/teacher-old"
     )
 
 

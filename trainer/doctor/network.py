@@ -15,7 +15,7 @@ from typing import Any
 
 _CHUNK = 1 << 18
 _MOST = 64 << 20
-_SECONDS = 0.3
+_SECONDS = 0.15
 _TIMEOUT = 10.0
 _PINGS = 5
 _FIB_TRIE = Path("/proc/net/fib_trie")
@@ -140,7 +140,7 @@ class Line:
 
     def _best(self, transfer: Any) -> float:
         count, best = _CHUNK, 0.0
-        for _ in range(4):
+        for _ in range(8):
             started = time.perf_counter()
             transfer(count)
             speed = count / (time.perf_counter() - started)

@@ -162,12 +162,19 @@ def _run(stage: Stage, report: Path, index: int) -> dict[str, Any]:
 def judge_ranks(stage: Stage, report: Path, names: Mapping[int, str]) -> list[Finding]:
     """Return what the ranks found; where they did not come to an end, how far each of them came."""
     path = report / RANKS
-    found: list[Finding] = []
+    told: dict[str, Any] = {"done": False, "findings": []}
     if path.exists():
-        found += [Finding.from_json(one) for one in json.loads(path.read_text(encoding="utf-8"))]
-        if all(one.check != "ranks" for one in found):
-            found.insert(0, Finding(check="ranks", value=f"{stage.world_size} on {len(stage.members)} node(s)"))
-        return found
+        told = json.loads(path.read_text(encoding="utf-8"))
+    found = [Finding.from_json(one) for one in told["findings"]]
+    if not told["done"]:
+        return [*found, _judge_broken(stage, report, names)]
+    if all(one.check != "ranks" for one in found):
+        found.insert(0, Finding(check="ranks", value=f"{stage.world_size} on {len(stage.members)} node(s)"))
+    return found
+
+
+def _judge_broken(stage: Stage, report: Path, names: Mapping[int, str]) -> Finding:
+    """Say how far each rank came, and whose fault it is that not all came to the end."""
     phases = {rank: _phase(report, rank) for rank in range(stage.world_size)}
     ended = {index: _ended(report, index) for index in stage.members}
     # Ranks that came less far than others are those that the others waited for.
@@ -185,15 +192,13 @@ def judge_ranks(stage: Stage, report: Path, names: Mapping[int, str]) -> list[Fi
     value = f"rank {name_some([str(rank) for rank in behind], limit=5)} of {stage.world_size} ended or hung while {at}"
     if silent:
         reasons.append(f"{name_some(silent)}: no word")
-    return [
-        Finding(
-            check="ranks",
-            value=shorten(f"{value} ({'; '.join(reasons)}); phases met: {', '.join(order) or 'none'}"),
-            verdict="FAIL",
-            mend=f"read {report}/ranks-of-node-*.log; exclude the node (--exclude) if it is one alone",
-            nodes=tuple(names[index] for index in sorted(culprits)),
-        )
-    ]
+    return Finding(
+        check="ranks",
+        value=shorten(f"{value} ({'; '.join(reasons)}); phases met: {', '.join(order) or 'none'}"),
+        verdict="FAIL",
+        mend=f"read {report}/ranks-of-node-*.log; exclude the node (--exclude) if it is one alone",
+        nodes=tuple(names[index] for index in sorted(culprits)),
+    )
 
 
 def _phase(report: Path, rank: int) -> dict[str, Any] | None:

@@ -54,8 +54,7 @@ class Examination:
         else:
             why = "no recipe given (--config FILE --data_dir DIR)"
             self.findings += [skipped(check, why) for check in RECIPE_CHECKS]
-        if self.rank == 0:
-            write_json(self.report / RANKS, [one.to_json() for one in self.findings])
+        self._write(done=True)
         # Rank 0 keeps the store: it leaves last.
         self.meeting.exchange("end", self.rank)
 
@@ -76,8 +75,20 @@ class Examination:
             text = f"rank(s) {', '.join(map(str, silent))} did not answer"
             merged[Finding(check=name, value=text, verdict="FAIL", mend=f"read the logs in {self.report}")] = None
         self.findings += merged
+        # What was found is not lost with the ranks, should a later check be the end of them.
+        self._write(done=False)
         if silent or any(one.value.startswith("the check broke") for one in merged):
             self._broken_by = name
+
+    def end_with(self, finding: Finding) -> None:
+        """End the examination with what ended it."""
+        self.findings.append(finding)
+        self._write(done=True)
+
+    def _write(self, *, done: bool) -> None:
+        if self.rank == 0:
+            found = [one.to_json() for one in self.findings]
+            write_json(self.report / RANKS, {"done": done, "findings": found})
 
     def _check_machines(self) -> None:
         import torch
@@ -149,8 +160,7 @@ def main(argv: Sequence[str]) -> int:
         if examination.rank:
             raise
         # What was found until then is not lost.
-        found = [*examination.findings, broken("ranks", error)]
-        write_json(report / RANKS, [one.to_json() for one in found])
+        examination.end_with(broken("ranks", error))
     sys.stdout.flush()
     sys.stderr.flush()
     # Threads of gloo and of a broken group may outlive the interpreter's end.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from trainer.checkpoint.store import find_checkpoint
 from trainer.data.prepare import TrainingCorpus
 from trainer.doctor.corpus import check_corpus, check_feasibility
 from trainer.doctor.finding import Finding, skipped
@@ -45,8 +44,8 @@ def check_recipe(examination: Examination, recipe: Recipe) -> None:
     else:
         examination.findings.append(skipped("corpus", "the backend did not open"))
     examination.check("CTC feasibility", lambda: check_feasibility(recipe) if main else (), together=False)
-    if recipe.distillation.teacher:
-        examination.check("teacher", lambda: _check_teacher(recipe) if main else (), together=False)
+    if engines and (recipe.distillation.teacher or recipe.distillation.soft_targets):
+        examination.check("teacher", lambda: _check_teacher(recipe, engines[0]))
     if not corpora:
         examination.findings.append(skipped("worst batch", "the corpus could not be read"))
         return
@@ -58,13 +57,9 @@ def check_recipe(examination: Examination, recipe: Recipe) -> None:
     )
 
 
-def _check_teacher(recipe: Recipe) -> Iterable[Finding]:
-    """Find the teacher and compare every byte of it."""
-    from pathlib import Path
+def _check_teacher(recipe: Recipe, engine: Engine) -> Iterable[Finding]:
+    """Open the teacher or its soft targets as training does, every byte compared with its manifest."""
+    from trainer.distillation_sources import open_source
 
-    from trainer.checkpoint.content import read_checkpoint
-
-    path = find_checkpoint(Path(recipe.distillation.teacher))
-    state = read_checkpoint(path, with_optimizer=False).state
-    wer = "" if state.best_wer is None else f", dev WER {state.best_wer:.2f} %"
-    return [Finding(check="teacher", value=f"{path}: sound, step {state.step}{wer}")]
+    source = open_source(recipe, engine)
+    return [Finding(check="teacher", value=f"{source.where}: sound")] if source else ()

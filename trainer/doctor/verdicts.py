@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from trainer.doctor.facts import NodeFacts
@@ -16,6 +17,8 @@ SLOW = 0.5
 _SHARED_MEMORY, _SHARED_MEMORY_WANTED = 16 << 20, 64 << 20
 _OPEN_FILES, _OPEN_FILES_WANTED = 256, 1024
 _SKEW, _SKEW_WANTED = 30.0, 1.0
+_POOR = 0.2
+"""Share of the median below which a line excludes its node, however quick it is by itself."""
 _LINE_WANTED = 125e6
 """Bytes a second between nodes below which a step of a 30 M parameter model waits a second for its gradients."""
 
@@ -168,6 +171,11 @@ def check_lines(pairs: Sequence[tuple[str, str, float | None]], leader: str) -> 
         mend="exclude the node (--exclude), and tell the administrators; --fabric_gbit of `signscale plan` says what "
         "it costs",
     )
+    usual = statistics.median_high(reached.values())
+    poor = {node for node in found.nodes if reached[node] < max(_LINE_WANTED, _POOR * usual)}
+    if found.verdict == "FAIL":
+        # A line that is quick enough and shared with others for a moment is no reason to lose a node.
+        found = replace(found, verdict="FAIL" if poor else "warn", nodes=tuple(sorted(poor)))
     if found.verdict == "ok" and min(reached.values()) < _LINE_WANTED:
         found = Finding(
             check=check,
