@@ -27,7 +27,7 @@ from launch.slurm.control import ControlError, SilentError
 from launch.slurm.decision import Decision, Preflight, Situation, decide
 from launch.slurm.needs import redirect_children
 from launch.slurm.relay import ExitNoise, notice_of_cancellation, relay, telling_line
-from launch.slurm.requests import StopRequests, say
+from launch.slurm.requests import StopRequests, await_termination, forget_terminations, say
 from launch.slurm.submit import submit
 from launch.sweep.table import RECORD, publish
 from trainer.errors import InputError
@@ -35,8 +35,8 @@ from trainer.exits import exit_on_input_error
 from trainer.job.directory import AttemptRecord
 
 _SECONDS_FOR_PREFLIGHT = 900.0
-_SECONDS_UNTIL_KILLED = 600.0
-"""How long a requeued script waits for SLURM to end it; KillWait is 30 s by default."""
+_SECONDS_UNTIL_ENDED = 600.0
+"""How long a requeued script waits for SLURM to end it."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -188,6 +188,7 @@ def _asked_to_end(leading: Leading, state: dict[str, str]) -> str | None:
 
 
 def _requeue(leading: Leading, decision: Decision) -> None:
+    forget_terminations()
     try:
         control.requeue(leading.job_id)
     except ControlError as error:
@@ -200,8 +201,9 @@ def _requeue(leading: Leading, decision: Decision) -> None:
         except (ControlError, SilentError) as error:
             say(f"SLURM does not exclude {', '.join(decision.exclude)}: {error}")
     # A script that ended now, before SLURM ends it, would make the job COMPLETED or FAILED for good.
-    time.sleep(_SECONDS_UNTIL_KILLED)
-    return say("SLURM took the requeue, but did not end this script")
+    if not await_termination(_SECONDS_UNTIL_ENDED):
+        say("SLURM took the requeue, but did not end this script")
+    return None
 
 
 def _resubmit(leading: Leading, decision: Decision, refusal: str) -> None:

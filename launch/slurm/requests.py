@@ -34,8 +34,8 @@ class StopRequests:
     def close(self) -> None:
         """Hear no more: the ranks have left, and what SLURM is asked from now on must outlive its own signals."""
         self._open = False
-        for number in _REQUESTS:
-            signal.signal(number, signal.SIG_IGN)
+        # Unlike a handler, this also holds for the commands that are started.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._number = self._number or number
@@ -48,3 +48,14 @@ class StopRequests:
             name = signal.Signals(self._number).name
             say(f"{name} of SLURM (time limit, preemption or scancel): asking the ranks to save and leave")
             self._job.request_stop(f"{name} of SLURM")
+
+
+def forget_terminations() -> None:
+    """Drop the SIGTERM that came while none was heard."""
+    while signal.sigtimedwait([signal.SIGTERM], 0):
+        pass
+
+
+def await_termination(seconds: float) -> bool:
+    """Wait until SLURM ends this process; False where it does not."""
+    return signal.sigtimedwait([signal.SIGTERM], seconds) is not None

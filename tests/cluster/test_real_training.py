@@ -34,6 +34,7 @@ def test_two_nodes_of_two_ranks_follow_the_curve_of_one_process(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("what", ["warned", "power cut", "network cut"])
 @pytest.mark.parametrize("cluster", [{"nodes": 3}], indirect=True)
 def test_a_disturbed_training_ends_in_the_same_bits(cluster: Cluster, corpus: Path, tmp_path: Path, what: str) -> None:
