@@ -93,6 +93,7 @@ def pipeline(shared_cluster: Cluster, tmp_path: Path, monkeypatch: pytest.Monkey
     return StubPipeline(shared_cluster, tmp_path / "out", monkeypatch)
 
 
+@pytest.mark.slow  # The next test runs a whole chain too.
 def test_stages_run_one_after_the_other(pipeline: StubPipeline) -> None:
     pipeline.add("teacher")
     pipeline.add("targets", "teacher")

@@ -41,7 +41,8 @@ def test_shipped_pipelines_resolve(name: str, monkeypatch: pytest.MonkeyPatch) -
     assert f"--soft_targets={out}/teacher/soft_targets/train" in stages["student"].words
     assert stages["compare"].words[:2] == (f"{out}/teacher", f"{out}/student")
     assert list(stages)[-1] == "compare"
-    plans = plan_stages(definition, list(stages.values()), "slurm", ["--partition", "main", "--time", "90"])
+    two = [stages["teacher"], stages["compare"]]
+    plans = plan_stages(definition, two, "slurm", ["--partition", "main", "--time", "90"])
     teacher, compare = plans["teacher"][0], plans["compare"][0]
     assert teacher.slurm["time"] == compare.slurm["time"] == "90"
     assert (compare.nodes, compare.ranks_per_node, compare.launcher, compare.slurm["gpus_per_node"]) == (
