@@ -73,7 +73,8 @@ def write(plan: Plan) -> Plan:
     _check_folder(plan.run)
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
-        job.cancellation.unlink(missing_ok=True)
+        for one in (job, *(plan.job_of(task) for task in range(len(plan.tasks or ())))):
+            one.withdraw_cancellation()
         if plan.recipe is not None:
             from trainer.parsing import dump_recipe
             from trainer.recipe import Recipe

@@ -40,9 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "FAILED", attempt=attempt, step=None, reason="; ".join(error.problems), code=EXIT_INPUT_ERROR
             )
         raise
+    if (cancelled := job.cancelled()) is not None:
+        # Before minutes are spent on starting ranks that would leave at their first step; srun ends the other nodes.
+        print(f"signscale: {meeting.host}: {cancelled.reason}; starting no ranks", flush=True)
+        return 1
     command = launcher_command(plan, job, attempt, task=task, meeting=meeting)
     print(f"signscale: node {node} of {nodes}, {meeting.host}: {plan.ranks_per_node} rank(s)", flush=True)
-    os.execve(sys.executable, command, os.environ | rank_environment(plan, job, attempt, meeting=meeting))
+    return os.execve(sys.executable, command, os.environ | rank_environment(plan, job, attempt, meeting=meeting))
 
 
 def _goes_on(plan: Plan, job: JobDirectory) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
 
 from launch.jobs.plan import Plan
+from launch.jobs.traces import read_saved_step
 from launch.slurm.decision import ENDED_BY_SLURM
 from launch.slurm.environment import attempt_name, job_name, task_number
 from trainer.errors import InputError
@@ -38,14 +38,13 @@ class Leading:
         return self.job.logs / f"{self.attempt}.log"
 
     def saved_step(self) -> int | None:
-        """Return the step of the newest checkpoint; None where there is none."""
-        pointer = self.job.folder.parent / "checkpoints" / "last.json"
-        try:
-            return int(json.loads(pointer.read_text(encoding="utf-8"))["checkpoint"].rpartition("-")[2])
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{pointer}: is damaged ({error!r})") from error
+        """Return how far what is saved goes: the step of the newest checkpoint, or what the last word tells of.
+
+        An extraction keeps no checkpoints; its words count the shards that are done. None: nothing is saved.
+        """
+        saved = read_saved_step(self.job.folder.parent)
+        word = self.job.last_word()
+        return saved if saved is not None or word is None else word.step
 
     def word(self) -> LastWord | None:
         """Return the last word of this attempt, if it has left one."""
