@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -78,7 +79,19 @@ def _start_on(argv: Sequence[str]) -> int:
 
 def main() -> None:
     """Enter from the console script."""
-    exit_on_input_error(lambda: run(sys.argv[1:]))
+    exit_on_input_error(_run_typed)
+
+
+def _run_typed() -> int:
+    try:
+        try:
+            return run(sys.argv[1:])
+        finally:
+            print(end="", flush=True)
+    except BrokenPipeError:
+        # Whoever reads, `| head` say, has seen enough. What is still buffered must not meet the closed pipe at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 if __name__ == "__main__":

@@ -79,3 +79,13 @@ def test_an_error_of_ours_keeps_its_traceback(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, script], env=environment(), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "Traceback" in done.stderr
+
+
+def test_a_reader_that_leaves_early_is_no_failure_of_ours() -> None:
+    command = [sys.executable, "-m", "launch.cli", "--help"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), cwd=ROOT)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 1
