@@ -74,26 +74,32 @@ def run(plan: Plan) -> int:
         requests.install()
         terminal.copy_until_closed()
         code = ranks.wait()
-    return conclude(job, attempt, code, requests.count)
+    return conclude(job, attempt, code, asked=requests.asked, at_once=requests.at_once)
 
 
-def conclude(job: JobDirectory, attempt: str, code: int, requests: int) -> int:
-    """Record the end of an attempt; return the exit code of the command."""
+def conclude(job: JobDirectory, attempt: str, code: int, *, asked: bool, at_once: bool) -> int:
+    """Record the end of an attempt; return the exit code of the command.
+
+    `asked`: somebody wanted it to stop; `at_once`: without saving. What counts is the last word: who asked for the end
+    of a run has to know whether it was saved.
+    """
     word = job.last_word()
-    if requests > 1:
+    if at_once:
         reason = "ended at once, on request"
     elif word is not None:
         reason = word.reason
-    elif requests:
+    elif asked and code < 0:
         reason = "stopped on request, before there was anything to save"
+    elif asked:
+        reason = f"asked to save and stop, ended with exit code {code} and no last word"
     else:
         reason = f"ended with exit code {code}"
     job.end(attempt, step=word.step if word else None, word=word.word if word else None, reason=reason)
-    if requests > 1:
-        return 1
-    if code == EXIT_INPUT_ERROR:
+    if code == EXIT_INPUT_ERROR and not at_once:
         return EXIT_INPUT_ERROR
-    return 0 if code == 0 or requests or (word is not None and word.word == "RESUME") else 1
+    if at_once or word is None or word.word == "FAILED":
+        return 1
+    return 0 if code == 0 or word.word == "RESUME" else 1
 
 
 def launcher_command(plan: Plan) -> list[str]:
@@ -144,30 +150,44 @@ def _zero_flags(config: Path) -> Iterator[str]:
 
 
 class _Requests:
-    """Signals that ask for the end: the first saves and stops, the second ends all at once."""
+    """Signals that ask for the end: the first saves and stops; a second Ctrl-C, and nothing else, ends all at once.
+
+    A terminal that closes, a shell that logs out and systemd send several signals without meaning more than one.
+    """
 
     def __init__(self, job: JobDirectory, ranks: subprocess.Popen[bytes], terminal: Terminal) -> None:
         self.job = job
         self.ranks = ranks
         self.terminal = terminal
-        self.count = 0
+        self.asked = False
+        self.at_once = False
+        self._interrupts = 0
 
     def install(self) -> None:
-        """Listen."""
+        """Listen; a hang-up that whoever started this wants ignored (nohup) stays ignored."""
         for number in _REQUESTS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.count += 1
-        if self.count == 1:
-            self.terminal.say(f"signscale: {signal.Signals(number).name}: saving and stopping; once more stops at once")
-            self.job.request_stop(f"{signal.Signals(number).name} to the launcher")
-            # torchrun passes it on to ranks that already listen, and ends those that have nothing to save yet.
-            _signal_group(self.ranks.pid, signal.SIGTERM)
-        else:
+        self._interrupts += number == signal.SIGINT
+        name = signal.Signals(number).name
+        if self._interrupts > 1:
+            self.at_once = True
             self.terminal.say("signscale: stopping at once")
             for process in (self.ranks.pid, *descendants(self.ranks.pid)):
                 _kill(process)
+            return
+        how = f"Ctrl-C{' once more' if self._interrupts else ' twice'} stops at once"
+        if self.asked:
+            self.terminal.say(f"signscale: {name}: saving and stopping already; {how}")
+            return
+        self.asked = True
+        self.terminal.say(f"signscale: {name}: saving and stopping; {how}")
+        self.job.request_stop(f"{name} to the launcher")
+        # torchrun passes it on to ranks that already listen, and ends those that have nothing to save yet.
+        _signal_group(self.ranks.pid, signal.SIGTERM)
 
 
 def descendants(root: int) -> list[int]:

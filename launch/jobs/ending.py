@@ -188,7 +188,7 @@ class _Waiting:
         now = time.monotonic()
         first, killed = self._signalled.get(leader.pid, (None, False))
         if first is None:
-            # The launcher saves and stops on the first signal and ends its ranks at once on the second.
+            # The launcher saves and stops on the first signal, whichever it is.
             self._kill(leader.pid, signal.SIGTERM)
             self._signalled[leader.pid] = (now, False)
         elif self._is_impatient() and not killed:
@@ -196,7 +196,8 @@ class _Waiting:
                 self._kill(leader.pid, signal.SIGKILL)
                 self._signalled[leader.pid] = (first, True)
             else:
-                self._kill(leader.pid, signal.SIGTERM)
+                # As by Ctrl-C: the second one ends the ranks at once.
+                self._kill(leader.pid, signal.SIGINT)
 
     def _kill(self, pid: int, number: signal.Signals) -> None:
         try:

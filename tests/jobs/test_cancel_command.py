@@ -28,6 +28,7 @@ from trainer.job.directory import AttemptRecord, JobDirectory
 job, stubborn = JobDirectory(Path(sys.argv[1])), sys.argv[2] == "stubborn"
 asked = []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+signal.signal(signal.SIGINT, lambda *_: asked.append(1))
 job.begin(AttemptRecord(attempt="local-1-1", began=time.time(), host=platform.node(), pid=os.getpid()))
 while stubborn or not (asked and job.stop.exists()):
     time.sleep(0.05)

@@ -14,10 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.jobs.options import LocalOptions
-from launch.local import choose_devices
 from tests.conftest import environment
-from trainer.errors import InputError
 from trainer.job.directory import JobDirectory
 
 WORKER = """
@@ -34,6 +31,20 @@ def leave(number, frame):
         job.leave_word("RESUME", attempt=attempt, step=7, reason=signal.Signals(number).name)
     sys.exit(0)
 
+def leave_slowly(number, frame):
+    while not Path("saved").exists():
+        time.sleep(0.05)
+    leave(number, frame)
+
+def lose(number, frame):
+    if mode == "refuse" and rank == 0:
+        job.leave_word("FAILED", attempt=attempt, step=7, reason="the disk is full")
+    sys.exit(0 if mode == "refuse" else 5)
+
+if mode == "slow":
+    signal.signal(signal.SIGTERM, leave_slowly)
+if mode in ("lost", "refuse"):
+    signal.signal(signal.SIGTERM, lose)
 if mode == "wait":
     signal.signal(signal.SIGTERM, leave)
 if mode == "deaf":
@@ -65,9 +76,11 @@ def words_of(run: Path, mode: str, *options: str, processes: int = 2) -> list[st
     return [sys.executable, "-m", "launch.cli", *launch, "--run", str(run), "--", "-m", "worker", mode]
 
 
-def start(run: Path, mode: str, *options: str, processes: int = 2) -> subprocess.Popen[str]:
+def start(
+    run: Path, mode: str, *options: str, processes: int = 2, prefix: tuple[str, ...] = ()
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        words_of(run, mode, *options, processes=processes),
+        [*prefix, *words_of(run, mode, *options, processes=processes)],
         cwd=run.parent,
         env={name: value for name, value in environment().items() if name != "OMP_NUM_THREADS"},
         stdout=subprocess.PIPE,
@@ -126,7 +139,8 @@ def test_one_signal_asks_all_ranks_to_save_and_leave(run: Path, number: signal.S
     launched.send_signal(number)
     said, _ = launched.communicate(timeout=DEADLINE)
     assert launched.returncode == 0, said
-    assert "saving and stopping; once more stops at once" in said
+    times = "once more" if number == signal.SIGINT else "twice"
+    assert f"saving and stopping; Ctrl-C {times} stops at once" in said
     job = JobDirectory.of(run)
     assert number.name in job.stop.read_text()
     [attempt] = job.history()
@@ -134,7 +148,7 @@ def test_one_signal_asks_all_ranks_to_save_and_leave(run: Path, number: signal.S
     assert all(map(is_gone, ranks))
 
 
-def test_two_signals_end_everything_at_once(run: Path) -> None:
+def test_ctrl_c_twice_ends_everything_at_once(run: Path) -> None:
     launched = start(run, "deaf")
     ranks = ranks_of(run)
     launched.send_signal(signal.SIGINT)
@@ -147,6 +161,59 @@ def test_two_signals_end_everything_at_once(run: Path) -> None:
     wait_until(lambda: all(map(is_gone, ranks)))
     [attempt] = JobDirectory.of(run).history()
     assert (attempt.word, attempt.reason) == (None, "ended at once, on request")
+
+
+def test_what_a_closing_terminal_sends_is_one_request(run: Path) -> None:
+    """Hang-ups of shell and kernel, TERM and HUP of systemd: nobody wants ranks killed while they save."""
+    launched = start(run, "slow")
+    ranks = ranks_of(run)
+    for count, number in enumerate((signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGTERM, signal.SIGINT), 1):
+        launched.send_signal(number)
+        wait_until(lambda count=count: log_of(run).count("saving and stopping") == count)  # type: ignore[misc]
+    assert not any(map(is_gone, ranks))
+    (run.parent / "saved").touch()
+    said, _ = launched.communicate(timeout=DEADLINE)
+    assert launched.returncode == 0, said
+    [attempt] = JobDirectory.of(run).history()
+    assert (attempt.word, attempt.step) == ("RESUME", 7)
+
+
+def test_under_nohup_a_hang_up_changes_nothing(run: Path) -> None:
+    launched = start(run, "wait", prefix=("nohup",))
+    ranks = ranks_of(run)
+    launched.send_signal(signal.SIGHUP)
+    launched.send_signal(signal.SIGTERM)
+    said, _ = launched.communicate(timeout=DEADLINE)
+    assert launched.returncode == 0, said
+    # Of two pending signals the lower number is handled first: the hang-up came, and was not heard.
+    assert "SIGHUP" not in said
+    assert "SIGTERM to the launcher" in JobDirectory.of(run).stop.read_text()
+    assert all(map(is_gone, ranks))
+
+
+def test_cancelling_at_once_reaches_ranks_that_will_not_leave(run: Path) -> None:
+    launched = start(run, "deaf")
+    ranks = ranks_of(run)
+    words = [sys.executable, "-m", "launch.cli", "cancel", "--now", str(run)]
+    cancelled = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=DEADLINE)
+    assert cancelled.returncode == 0, cancelled.stderr
+    said, _ = launched.communicate(timeout=DEADLINE)
+    assert launched.returncode == 1
+    assert "stopping at once" in said
+    wait_until(lambda: all(map(is_gone, ranks)))
+
+
+@pytest.mark.parametrize(("mode", "word"), [("lost", None), ("refuse", "FAILED")])
+def test_a_run_that_was_asked_to_save_and_did_not_is_a_failure(run: Path, mode: str, word: str | None) -> None:
+    launched = start(run, mode)
+    ranks_of(run)
+    launched.send_signal(signal.SIGINT)
+    said, _ = launched.communicate(timeout=DEADLINE)
+    assert launched.returncode == 1, said
+    [attempt] = JobDirectory.of(run).history()
+    assert attempt.word == word
+    assert attempt.reason is not None
+    assert ("no last word" in attempt.reason) == (word is None)
 
 
 def test_a_terminal_that_hangs_up_does_not_end_the_run_before_it_has_saved(run: Path) -> None:
@@ -217,31 +284,3 @@ def test_under_accelerate_one_signal_reaches_the_ranks_once(run: Path) -> None:
     assert "Traceback" not in said
     assert JobDirectory.of(run).history()[0].word == "RESUME"
     assert all(map(is_gone, ranks))
-
-
-def test_the_configuration_fits_the_devices() -> None:
-    def choose(*, processes: int = 0, named: str = "") -> tuple[int, str]:
-        ranks, use_cpu, config = choose_devices(LocalOptions(processes=processes, cpu=True), named)
-        assert use_cpu
-        return ranks, Path(config).stem
-
-    assert choose() == (1, "debug_cpu")
-    assert choose(processes=3) == (3, "multi_cpu")
-    assert choose(processes=2, named="fsdp2") == (2, "fsdp2")
-    with pytest.raises(InputError, match="there is no such file"):
-        choose(named="fsdp3")
-
-
-@pytest.mark.parametrize(
-    ("gpus", "processes", "expected"),
-    [(1, 0, (1, "single_gpu")), (4, 0, (4, "multi_gpu")), (4, 2, (2, "multi_gpu")), (4, 1, (1, "single_gpu"))],
-)
-def test_gpus_get_a_rank_each(
-    gpus: int, processes: int, expected: tuple[int, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("launch.local.count_gpus", lambda: gpus)
-    ranks, use_cpu, config = choose_devices(LocalOptions(processes=processes), "")
-    assert (ranks, Path(config).stem) == expected
-    assert not use_cpu
-    with pytest.raises(InputError, match="each rank needs one; lower it, or add --cpu"):
-        choose_devices(LocalOptions(processes=gpus + 1), "")
