@@ -120,6 +120,11 @@ OWN = {
     **dict.fromkeys(("chdir", "D", "job_name", "J"), "is the launcher's; the name is set by --name"),
     **dict.fromkeys(("dependency", "d", "parsable", "wrap", "test_only", "wait"), "is said at submission, not here"),
     **dict.fromkeys(("signal", "no_requeue", "input"), "is set by --signal_seconds and --no_requeue"),
+    "export": "would put values, and with them keys, into the script; name the variables with --export NAME,NAME",
+    **dict.fromkeys(
+        ("G", "gpus", "gpus_per_task", "gpus_per_socket"),
+        "the ranks would not know of the GPUs and compute on CPUs; use --gpus_per_node, which starts a rank for each",
+    ),
 }
 """Options of sbatch that extra lines may not set, and why."""
 
@@ -191,12 +196,18 @@ def _find_problems(options: SlurmOptions) -> Iterator[str]:
                 "its end, up to a minute early; ask for more time, or lower --signal_seconds"
             )
     for extra in options.sbatch:
+        value = extra.partition("=")[2]
         key = extra.lstrip("-").partition("=")[0].replace("-", "_").strip()
         if not re.fullmatch(r"[A-Za-z]\w*", key):
-            yield f"--sbatch {extra!r}: expected KEY=VALUE, such as gres=gpu:4"
+            yield f"--sbatch {extra!r}: expected KEY=VALUE, such as wckey=mine"
+        elif key == "export":
+            # Without its value, which may be the secret.
+            yield f"--sbatch export=…: {OWN[key]}"
         elif key in OWN:
             yield f"--sbatch {extra}: {OWN[key]}"
-        elif key in FIELDS and key != "export":
+        elif key in ("gres", "tres_per_task") and re.search(r"(?:^|[,/\s\"'])gpu(?:[:=,\s\"']|$)", value):
+            yield f"--sbatch {extra}: {OWN['gpus']}"
+        elif key in FIELDS:
             yield f"--sbatch {extra}: is an option of its own, --{key}"
 
 

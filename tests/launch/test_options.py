@@ -87,6 +87,12 @@ def test_what_is_no_time_is_none(text: str) -> None:
         (["--sbatch", "ntasks-per-node=4"], "follows from --nodes"),
         (["--sbatch", "partition=a"], "is an option of its own, --partition"),
         (["--sbatch", "4=5"], "expected KEY=VALUE"),
+        (["--sbatch", "gres=gpu:4"], "use --gpus_per_node"),
+        (["--sbatch=--gres=craynetwork:1,gpu"], "use --gpus_per_node"),
+        (["--sbatch", "tres-per-task=cpu=4,gres/gpu=1"], "use --gpus_per_node"),
+        (["--sbatch", "gpus=4"], "use --gpus_per_node"),
+        (["--sbatch", "gpus-per-task=a100:1"], "use --gpus_per_node"),
+        (["--sbatch", "gpus-per-node=4"], "is an option of its own, --gpus_per_node"),
         (["--partitoin", "a"], "unknown option --partitoin; did you mean --partition?"),
         (["--max_attempts_without_progress", "0"], "expected 1 or more"),
     ],
@@ -97,6 +103,19 @@ def test_what_no_cluster_could_accept_is_refused(words: list[str], said: str) ->
 
 def test_all_mistakes_are_named_at_once() -> None:
     assert len(problems_of("slurm", "--nodes", "0", "--mem", "much", "--time", "never", "--sbatch", "wrap=x")) == 4
+
+
+def test_resources_that_are_no_gpus_may_be_asked_for() -> None:
+    for extra in ("gres=craynetwork:1", "gres=gpumem:4", "gres-flags=enforce-binding"):
+        assert parse_options("slurm", ["--sbatch", extra]).slurm.sbatch == (extra,)
+
+
+def test_values_of_the_environment_are_refused_and_not_repeated(tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text("sbatch: ['--export=ALL,KEY=s3cr3t']\n")
+    for words in (["--sbatch", "export=ALL,KEY=s3cr3t"], ["--profile", str(tmp_path / "p.yaml")]):
+        [said] = problems_of("slurm", *words)
+        assert "name the variables with --export" in said
+        assert "s3cr3t" not in said
 
 
 def test_the_example_profile_is_one() -> None:
