@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launch.jobs.plan import Code
 from trainer.errors import InputError
-from trainer.files import write_json, write_text
+from trainer.files import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 """Folder that the packages lie in."""
@@ -68,7 +68,8 @@ def take_snapshot(target: Path, root: Path = ROOT) -> Code:
         else:
             shutil.copy2(source, fresh / path, follow_symlinks=False)
     if code.commit:
-        write_text(fresh / DIFFERENCE, _git(root, "diff", "--binary", "HEAD"))
+        plain = ("--no-color", "--no-ext-diff", "--no-textconv")
+        (fresh / DIFFERENCE).write_bytes(_git_bytes(root, "diff", "--binary", *plain, "HEAD"))
     write_json(fresh / NOTE, {"commit": code.commit, "changed": code.changed, "root": str(root)})
     if target.exists():
         shutil.rmtree(target)
@@ -88,9 +89,12 @@ def _is_there(path: Path) -> bool:
 
 
 def _git(root: Path, *arguments: str, check: bool = True) -> str:
-    answer = subprocess.run(
-        ["git", "-C", str(root), *arguments], capture_output=True, text=True, errors="surrogateescape", check=False
-    )
+    return os.fsdecode(_git_bytes(root, *arguments, check=check))
+
+
+def _git_bytes(root: Path, *arguments: str, check: bool = True) -> bytes:
+    """Return what git says as it says it: files may be in any encoding, with any ends of lines."""
+    answer = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, check=False)
     if check and answer.returncode:
-        raise InputError(f"{root}: git {arguments[0]} failed: {answer.stderr.strip()}")
-    return answer.stdout if answer.returncode == 0 else ""
+        raise InputError(f"{root}: git {arguments[0]} failed: {answer.stderr.decode(errors='replace').strip()}")
+    return answer.stdout if answer.returncode == 0 else b""

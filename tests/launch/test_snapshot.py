@@ -61,6 +61,21 @@ def test_a_snapshot_is_the_code_as_it_is_now(repository: Path, tmp_path: Path) -
     assert json.loads((target / "snapshot.json").read_text())["commit"] == code.commit
 
 
+def test_the_difference_is_kept_byte_by_byte(repository: Path, tmp_path: Path) -> None:
+    """Changes of a file in another encoding and with other ends of lines, in a repository that likes colours."""
+    file = repository / "trainer" / "latin.py"
+    file.write_bytes(b"a = 1\r\nb = 2\r\n")
+    git(repository, "add", "-A")
+    git(repository, "commit", "-qm", "second")
+    git(repository, "config", "color.diff", "always")
+    changed = "a = 1\r\nb = 'ä'\r\n".encode("latin-1")
+    file.write_bytes(changed)
+    take_snapshot(tmp_path / "snapshot", repository)
+    git(repository, "checkout", "--", str(file))
+    git(repository, "apply", str(tmp_path / "snapshot" / "diff.patch"))
+    assert file.read_bytes() == changed
+
+
 def test_a_new_snapshot_takes_the_old_ones_place(repository: Path, tmp_path: Path) -> None:
     target = tmp_path / "snapshot"
     take_snapshot(target, repository)
