@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import shlex
 import sys
@@ -15,9 +16,9 @@ from launch.jobs.live import check_not_live
 from launch.jobs.options import LaunchOptions
 from launch.jobs.place import make_absolute, understand
 from launch.jobs.plan import MULTI_NODE, Plan, Task, Way
-from launch.jobs.snapshot import ROOT, describe_code, list_files, take_snapshot
+from launch.jobs.snapshot import ROOT, describe_code, list_files, list_keys, take_snapshot
 from launch.slurm.options import has_control_characters
-from trainer.errors import InputError
+from trainer.errors import InputError, name_some
 from trainer.files import write_text
 
 RECIPE = "recipe.yaml"
@@ -82,6 +83,11 @@ def write(plan: Plan) -> Plan:
             write_text(job.folder / RECIPE, dump_recipe(Recipe.from_flat(dict(plan.recipe))))
         if plan.snapshot is not None:
             plan = dataclasses.replace(plan, code=take_snapshot(plan.snapshot))
+            if left := list_keys():
+                _say_once(
+                    f"warning: not in the job's copy of the code: {name_some([str(path) for path in left], limit=5)}, "
+                    "untracked and by name a key; hand keys to the job by --export, or track the file with git"
+                )
         if plan.way == "slurm":
             from launch.slurm.script import render
 
@@ -207,6 +213,12 @@ def missing_paths(plan: Plan) -> list[str]:
     recipe = plan.recipe or {}
     given = (recipe.get(key) for key in ("data_dir", "teacher", "soft_targets", "init_from"))
     return [str(path) for path in given if path and "://" not in str(path) and not Path(str(path)).exists()]
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    """Say a line, which concerns all jobs of a sweep or a pipeline alike, a single time."""
+    print(text, file=sys.stderr)
 
 
 def _check_folder(run: Path) -> None:

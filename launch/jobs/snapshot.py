@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import shutil
 import subprocess
@@ -17,6 +18,11 @@ NOTE, DIFFERENCE = "snapshot.json", "diff.patch"
 _PACKAGES = ("trainer", "launch")
 _FOLDERS_BESIDE = ("accelerate_configs", "ds_configs")
 _MOST_MEGABYTES = 100
+_KEYS = (
+    *(".env", ".env.*", "*.key", "*.pem", "*.p12", "*.pfx", ".netrc", "_netrc", "credentials*", ".credentials*"),
+    *("id_rsa*", "id_ed25519*", "id_ecdsa*", ".pypirc", ".npmrc", ".aws", ".ssh"),
+)
+"""Names of files and folders that hold keys: others may read a run, and nobody expects them there."""
 
 
 def describe_code(root: Path = ROOT) -> Code:
@@ -30,11 +36,12 @@ def describe_code(root: Path = ROOT) -> Code:
 def list_files(root: Path = ROOT) -> list[Path]:
     """List what a snapshot holds, relative to `root`: what git does not ignore, or the packages where there is no git.
 
-    Raises `InputError` if that is more than code can be.
+    Untracked files that may hold keys are left out (`list_keys`). Raises `InputError` if it is more than code can be.
     """
     if _is_repository(root):
         names = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
-        files = sorted({Path(name) for name in names if name and _is_there(root / name)})
+        present = {Path(name) for name in names if name and _is_there(root / name)}
+        files = sorted(present - set(list_keys(root)))
     else:
         files = sorted(
             path.relative_to(root)
@@ -52,6 +59,14 @@ def list_files(root: Path = ROOT) -> list[Path]:
             + "; name data and results in .gitignore, or move them out"
         )
     return files
+
+
+def list_keys(root: Path = ROOT) -> list[Path]:
+    """List files that by their names hold keys, which no snapshot takes along unless git tracks them."""
+    if not _is_repository(root):
+        return []
+    names = _git(root, "ls-files", "-z", "--others", "--exclude-standard").split("\0")
+    return sorted(path for path in map(Path, filter(None, names)) if any(map(_is_key, path.parts)))
 
 
 def take_snapshot(target: Path, root: Path = ROOT) -> Code:
@@ -82,6 +97,10 @@ def _is_repository(root: Path) -> bool:
     if shutil.which("git") is None:
         return False
     return bool(_git(root, "ls-files", "--", "trainer/__init__.py", check=False).strip())
+
+
+def _is_key(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in _KEYS)
 
 
 def _is_there(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from launch.jobs import snapshot
-from launch.jobs.snapshot import describe_code, list_files, take_snapshot
+from launch.jobs.options import parse_options
+from launch.jobs.snapshot import describe_code, list_files, list_keys, take_snapshot
+from launch.prepare import prepare, write
 from tests.conftest import environment
 from trainer.errors import InputError
 
@@ -59,6 +62,33 @@ def test_a_snapshot_is_the_code_as_it_is_now(repository: Path, tmp_path: Path) -
     assert "+# changed" in difference
     assert "deleted file" in difference
     assert json.loads((target / "snapshot.json").read_text())["commit"] == code.commit
+
+
+def test_keys_stay_at_home(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What lies beside the code untracked and by its name holds a key, is left out, and said."""
+    keys = (".env", ".env.local", "launch/site.KEY", "tls.pem", ".netrc", "credentials.json", ".aws/config")
+    for name in (*keys, "trainer/keys.py", "monkey.txt", "tracked.pem"):
+        (repository / name).parent.mkdir(parents=True, exist_ok=True)
+        (repository / name).write_text("s3cr3t")
+    git(repository, "add", "tracked.pem")
+    assert [str(path) for path in list_keys(repository)] == sorted(keys)
+    take_snapshot(tmp_path / "snapshot", repository)
+    for name in keys:
+        assert not (tmp_path / "snapshot" / name).exists()
+    for name in ("trainer/keys.py", "monkey.txt", "tracked.pem"):
+        assert (tmp_path / "snapshot" / name).exists()
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    copied = functools.partial(take_snapshot, root=repository)
+    monkeypatch.setattr("launch.prepare.take_snapshot", copied)
+    monkeypatch.setattr("launch.prepare.list_keys", lambda: list_keys(repository))
+    plan = prepare("slurm", parse_options("slurm", ["--run", str(tmp_path / "run")]), ["-m", "any"])
+    for _ in range(2):
+        write(plan)
+    [line] = capsys.readouterr().err.splitlines()
+    assert "not in the job's copy of the code: .aws/config, .env, .env.local" in line
+    assert [path.name for path in (tmp_path / "run").rglob("*.pem")] == ["tracked.pem"]
 
 
 def test_the_difference_is_kept_byte_by_byte(repository: Path, tmp_path: Path) -> None:
