@@ -14,10 +14,11 @@ from typing import Any
 
 from launch.jobs.live import check_not_live
 from launch.jobs.options import LaunchOptions
-from launch.jobs.place import make_absolute, understand
+from launch.jobs.place import understand
 from launch.jobs.plan import MULTI_NODE, Plan, Task, Way
 from launch.jobs.snapshot import ROOT, describe_code, list_files, list_keys, take_snapshot
 from launch.slurm.options import has_control_characters
+from launch.slurm.paths import settle_paths
 from trainer.errors import InputError, name_some
 from trainer.files import write_text
 
@@ -152,7 +153,7 @@ def _resolve(plan: Plan, options: LaunchOptions) -> Plan:
 
 
 def _resolve_slurm(plan: Plan, options: LaunchOptions) -> Plan:
-    slurm = options.slurm
+    slurm = settle_paths(options.slurm)
     if slurm.array and plan.tasks is None:
         raise InputError(
             "--array: the jobs of an array would write into one run; use --sweep, which gives each its own"
@@ -164,14 +165,13 @@ def _resolve_slurm(plan: Plan, options: LaunchOptions) -> Plan:
         config = str(found.relative_to(ROOT)) if found.is_relative_to(ROOT) else str(found)
     elif not (ROOT / MULTI_NODE).exists():
         raise InputError(f"{ROOT / MULTI_NODE}: is missing; name a configuration with --accelerate_config PATH")
-    interpreter = slurm.interpreter or (f"{make_absolute(slurm.venv)}/bin/python" if slurm.venv else plan.interpreter)
+    interpreter = slurm.interpreter or (f"{slurm.venv}/bin/python" if slurm.venv else plan.interpreter)
     if "\\" in str(plan.run):
         raise InputError(f"{plan.run}: sbatch reads a backslash in the name of its output file as its own; rename it")
     if slurm.container and set(",:") & set(str(plan.run)):
         raise InputError(f"{plan.run}: is to be seen in the container, where , and : part folders; choose another name")
     # A copy that would be too large is better known of now.
     list_files()
-    made = {**dataclasses.asdict(slurm), "venv": make_absolute(slurm.venv)}
     return dataclasses.replace(
         plan,
         nodes=slurm.nodes,
@@ -181,7 +181,7 @@ def _resolve_slurm(plan: Plan, options: LaunchOptions) -> Plan:
         accelerate_config=config,
         interpreter=interpreter,
         snapshot=plan.job.snapshot,
-        slurm=made,
+        slurm=dataclasses.asdict(slurm),
     )
 
 

@@ -156,6 +156,33 @@ def test_options_become_the_lines_that_sbatch_reads(tmp_path: Path) -> None:
     assert any("--kill-on-bad-exit=1 --wait=60" in line for line in lines)
 
 
+def test_paths_mean_the_same_in_the_copy_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "sandbox").mkdir()
+    (tmp_path / "p.yaml").write_text("interpreter: ~/envs/bin/python\ncontainer_mounts: [data, '../x:/x:ro']\n")
+    home, here = tmp_path / "home", tmp_path
+    for container, expected in (
+        ("images/a.sif", f"{here}/images/a.sif"),
+        ("~/a.sqsh", f"{home}/a.sqsh"),
+        ("sandbox", f"{here}/sandbox"),
+        ("nvcr.io#nvidia/pytorch:24.01", "nvcr.io#nvidia/pytorch:24.01"),
+        ("docker://python:3.12", "docker://python:3.12"),
+        ("ubuntu:22.04", "ubuntu:22.04"),
+    ):
+        words = ["--profile", "p.yaml", "--container", container, "--container_mounts", "~/out", "--conda", "./env"]
+        plan = plan_of(tmp_path / "run", *words)
+        assert plan.slurm is not None
+        assert plan.slurm["container"] == expected
+        assert tuple(plan.slurm["container_mounts"]) == (f"{here}/data", f"{here}/../x:/x:ro", f"{home}/out")
+        assert plan.interpreter == f"{home}/envs/bin/python"
+        assert plan.slurm["conda"] == f"{here}/env"
+        assert f"{home}/out:{home}/out" in render(plan)
+    assert plan_of(tmp_path / "run", "--interpreter", "bin/python").interpreter == f"{here}/bin/python"
+    assert plan_of(tmp_path / "run", "--interpreter", "bash").interpreter == shutil.which("bash")
+    assert plan_of(tmp_path / "run", "--venv", "v").interpreter == f"{here}/v/bin/python"
+
+
 def test_a_sweep_becomes_an_array_with_a_log_per_task(tmp_path: Path) -> None:
     tasks = [Task(run=tmp_path / "sweep" / str(number), overrides={"seed": number}) for number in range(3)]
     text = render(plan_of(tmp_path / "sweep", tasks=tasks))
