@@ -61,9 +61,12 @@ def test_every_script_is_one_that_shells_and_their_critics_accept(tmp_path: Path
     script = tmp_path / "job.sh"
     script.write_text(render(plan_of(tmp_path / "run", "--name", HOSTILE, *options)))
     subprocess.run(["bash", "-n", script], check=True)
-    if shutil.which("shellcheck"):
-        found = subprocess.run(["shellcheck", "--shell=bash", script], capture_output=True, text=True)
-        assert found.returncode == 0, found.stdout
+    if shutil.which("shellcheck") is None:
+        if os.environ.get("CLUSTER_TESTS") == "required":
+            pytest.fail("CLUSTER_TESTS=required, but shellcheck is not installed")
+        pytest.skip("bash accepts the script; shellcheck, which is not installed, was not asked")
+    found = subprocess.run(["shellcheck", "--shell=bash", script], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
 
 
 def test_the_script_runs_with_every_value_as_it_was_typed(tmp_path: Path) -> None:
