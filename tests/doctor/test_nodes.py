@@ -76,7 +76,8 @@ def test_another_version_on_one_node_is_found_by_that_nodes_own_environment(tmp_
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: accelerate\nVersion: 0.1\n")
     found = examine(tmp_path / "report", options, [0, 1], node1=installed.parent)
     version = named(found, "accelerate")
-    assert (version.verdict, version.nodes) == ("FAIL", ("node2",))
+    # Of two that differ nobody knows which one is right.
+    assert (version.verdict, version.nodes) == ("FAIL", ())
     assert "0.1 on node2" in version.value
 
 

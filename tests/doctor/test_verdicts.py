@@ -50,14 +50,22 @@ def test_the_node_that_differs_from_most_is_at_fault() -> None:
     assert not failures(list(check_versions(nodes({}, {}, {}))))
     odd = nodes({}, {"versions": {"torch": "2.12.1", "deepspeed": None}}, {})
     assert failures(list(check_versions(odd))) == [("torch", ("node2",))]
-    # Of two that differ the leader is right: the job came from there.
-    assert failures(list(check_versions(nodes({}, {"code": "abd"})))) == [("code", ("node2",))]
-    missing = nodes({}, {"versions": {"torch": "2.13.0", "deepspeed": "0.19.8"}, "driver": "535.1"})
+    missing = nodes({}, {"versions": {"torch": "2.13.0", "deepspeed": "0.19.8"}, "driver": "535.1"}, {})
     assert failures(list(check_versions(missing))) == [("deepspeed", ("node2",)), ("driver", ("node2",))]
     [torch] = [one for one in check_versions(odd) if one.check == "torch"]
     assert "2.12.1 on node2" in torch.value
     assert "2.13.0 on node1, node3" in torch.value
     assert torch.mend
+
+
+@pytest.mark.parametrize("changes", [({}, {"code": "abd"}), ({}, {"code": "x"}, {"code": "x"}, {})])
+def test_where_as_many_say_the_one_as_the_other_nobody_is_at_fault(changes: tuple[dict[str, object], ...]) -> None:
+    """To exclude one of them could exclude the good one, and the job would come back to the bad one."""
+    found = list(check_versions(nodes(*changes)))
+    assert failures(found) == [("code", ())]
+    verdict = judge(found, [f"node{number}" for number in range(1, len(changes) + 1)])
+    assert (verdict["ok"], verdict["bad_nodes"]) == (False, [])
+    assert "code: abc on node1" in verdict["problems"][0]
 
 
 def test_one_value_in_all_places_is_right() -> None:

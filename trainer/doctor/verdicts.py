@@ -24,17 +24,20 @@ _LINE_WANTED = 125e6
 
 
 def check_same(check: str, values: Mapping[str, Any], *, mend: str, show: Callable[[Any], str] = str) -> Finding:
-    """Compare a fact over nodes (or ranks); those that differ from most of them are at fault, the first one if tied."""
+    """Compare a fact over nodes (or ranks); those that differ from most of them are at fault.
+
+    Where no value has more nodes than any other, none is known to be at fault: the finding fails and names no node.
+    """
     shown = {node: show(value) for node, value in values.items()}
     counted = Counter(shown.values())
     if len(counted) <= 1:
         return Finding(check=check, value=f"{next(iter(shown.values()), '-')}{_on(len(shown))}")
-    usual = counted.most_common(1)[0][0]
+    (usual, most), (_, second), *_ = counted.most_common()
     groups: dict[str, list[str]] = {}
     for node, text in shown.items():
         groups.setdefault(text, []).append(node)
     value = "; ".join(f"{text} on {name_some(nodes, limit=5)}" for text, nodes in groups.items())
-    odd = tuple(node for node, text in shown.items() if text != usual)
+    odd = tuple(node for node, text in shown.items() if text != usual) if most > second else ()
     return Finding(check=check, value=value, verdict="FAIL", mend=mend, nodes=odd)
 
 
