@@ -16,10 +16,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from launch.jobs.live import find_live
+from launch.jobs.evidence import read_submissions
+from launch.jobs.judging import find_live
 from launch.jobs.options import CommonOptions, LaunchOptions
 from launch.jobs.plan import Plan
+from launch.jobs.queue import Queue
 from launch.prepare import prepare, write
+from launch.slurm.asking import SlurmSilentError, on_cluster, run_tool
 from launch.slurm.environment import clean
 from launch.slurm.options import SlurmOptions
 from trainer.doctor.finding import Finding, shorten
@@ -32,6 +35,8 @@ _ASK_SECONDS = 5.0
 """Between two questions to the scheduler."""
 _AFTER_SECONDS = 15.0
 """How long after a job's end its last files may take to be seen here."""
+_SILENT_SECONDS = 600.0
+"""How long the scheduler may not answer: longer than a restart of it takes."""
 
 
 def examine_on_slurm(folder: Path, asked: Options, slurm: SlurmOptions) -> dict[str, Any]:
@@ -58,11 +63,10 @@ def examine_on_slurm(folder: Path, asked: Options, slurm: SlurmOptions) -> dict[
         raise
     say(f"queued as job {job_id} on {slurm.nodes} node(s), waiting for it; its output: {plan.job.logs}")
     with _cancelling(job_id):
-        _wait(plan.job, report / FINDINGS)
-    if not (report / FINDINGS).exists():
-        found = [
-            Finding(check="job", value=_last_words(plan.job, job_id), verdict="FAIL", mend=f"read {plan.job.logs}")
-        ]
+        given_up = _wait(plan.job, report / FINDINGS)
+    if given_up is not None:
+        value = _give_up(plan.job, given_up)
+        found = [Finding(check="job", value=value, verdict="FAIL", mend=f"read {plan.job.logs}")]
         return {"ok": False, "nodes": [], "findings": [one.to_json() for one in found], "facts": []}
     return dict(json.loads((report / FINDINGS).read_text(encoding="utf-8")))
 
@@ -88,25 +92,58 @@ def _plan(folder: Path, slurm: SlurmOptions) -> Plan:
     return prepare("slurm", LaunchOptions(common=common, slurm=whole), command)
 
 
-def _wait(job: JobDirectory, findings: Path) -> None:
-    asked = ended = 0.0
+def _wait(job: JobDirectory, findings: Path) -> str | None:
+    """Wait for the findings or for the job's end; say why where it is given up, None where there are findings.
+
+    A scheduler that does not answer is no job that has ended: it is asked again, for minutes.
+    """
+    asked = float("-inf")
+    ended: float | None = None
+    silent: float | None = None
     while not findings.exists():
         now = time.monotonic()
-        if ended and now - ended > _AFTER_SECONDS:
-            return
-        if not ended and now - asked > _ASK_SECONDS:
+        if ended is not None and now - ended > _AFTER_SECONDS:
+            return "ended without findings"
+        if ended is None and now - asked > _ASK_SECONDS:
             asked = now
-            ended = 0.0 if find_live(job) else now
+            is_over, trouble = _ask(job)
+            if is_over:
+                ended = now
+            if trouble is None:
+                silent = None
+            elif silent is None:
+                silent = now
+                say(f"{trouble}; waiting on")
+            elif now - silent > _SILENT_SECONDS:
+                return f"cannot be asked about: {trouble}, for {_SILENT_SECONDS:.0f} s"
         time.sleep(_POLL_SECONDS)
+    return None
 
 
-def _last_words(job: JobDirectory, job_id: str) -> str:
+def _ask(job: JobDirectory) -> tuple[bool, str | None]:
+    """Tell whether the job is known to be gone, and why that cannot be told."""
+    submissions = read_submissions(job)
+    known = Queue(submissions).jobs_of(job, submissions)
+    return known.trouble is None and find_live(known.jobs) is None, known.trouble
+
+
+def _give_up(job: JobDirectory, why: str) -> str:
+    """Cancel the job, which may wait or run all the same; say what is known of it."""
+    newest = read_submissions(job)[-1]
+    job_id = newest["job_id"]
+    try:
+        run_tool("scancel", *on_cluster(newest.get("cluster")), job_id)
+        left = ""
+    except SlurmSilentError as error:
+        # One that is gone is meant to be: SLURM has forgotten its number.
+        gone = "Invalid job id" in str(error)
+        left = "" if gone else f"; it may still be queued ({error}): scancel {job_id}"
     word = job.last_word()
     if word is not None:
-        return shorten(f"job {job_id} left {word.word} and no findings: {word.reason}")
+        return shorten(f"job {job_id} left {word.word} and no findings: {word.reason}{left}")
     logs = sorted(job.logs.glob("*.log"), key=lambda path: path.stat().st_mtime)
     lines = [line for line in logs[-1].read_text(errors="replace").splitlines() if line.strip()] if logs else []
-    return shorten(f"job {job_id} ended without findings: {lines[-1] if lines else 'it said nothing'}")
+    return shorten(f"job {job_id} {why}: {lines[-1] if lines else 'it said nothing'}{left}")
 
 
 @contextlib.contextmanager
