@@ -21,7 +21,7 @@ from launch.prepare import missing_paths, write
 from launch.slurm.control import ControlError, ask, show
 from launch.slurm.environment import clean
 from launch.slurm.needs import redirect
-from launch.slurm.submit import require_cluster, submit
+from launch.slurm.submit import foresee, require_cluster, submit
 from trainer.errors import InputError, name_some
 from trainer.files import write_text
 from trainer.job.directory import JobDirectory, read_lines
@@ -52,6 +52,7 @@ def submit_pipeline(
     records = make_records(definition, stages)
     _check_queued(stages, records, queued)
     jobs: dict[str, str] = {}
+    doubts: list[str] = []
     held = [number for ready in stages if (number := queued.get(ready.name)) and _is_held_by_us(ready.job, number)]
     todo = [ready for ready in stages if ready.name in plans]
     with _Undo([plans[ready.name].job for ready in todo]) as undo:
@@ -60,7 +61,10 @@ def submit_pipeline(
             records[ready.name].save(plan.job)
             # What is to be done again is not done from here on, whatever becomes of the job.
             (plan.job.folder / "DONE").unlink(missing_ok=True)
-            _submit(ready, plan, test_only=True)
+            # As for a single job no refusal: nodes may be down or taken for a while. What sbatch will not have, it
+            # refuses below, and then none is left.
+            if trouble := foresee(plan.job.script, job=plan.job):
+                doubts.append(f"stage {ready.name} may never start: {trouble}")
         for ready in todo:
             needs = [jobs.get(name) or queued.get(name) for name in ready.stage.after]
             # Nothing starts before all are in the queue; those behind a held job need not be held.
@@ -75,20 +79,21 @@ def submit_pipeline(
         for number in held:
             _release(number)
     print(f"\n{_report(decisions, jobs, queued)}")
+    for doubt in doubts:
+        print(f"warning: {doubt}", file=sys.stderr)
     for path in dict.fromkeys(path for plan in plans.values() for path in missing_paths(plan)):
         if not any(path == str(output) for output in _outputs(stages)):
             print(f"warning: {path} is not there on this machine; the jobs need it on the nodes", file=sys.stderr)
     return 0
 
 
-def _submit(ready: Ready, plan: Plan, *, needs: Sequence[str] = (), hold: bool = False, test_only: bool = False) -> str:
+def _submit(ready: Ready, plan: Plan, *, needs: Sequence[str], hold: bool) -> str:
     try:
         return submit(
             plan.job.script,
             job=plan.job,
             dependencies=[f"afterok:{':'.join(needs)}"] if needs else [],
             hold=hold,
-            test_only=test_only,
         )
     except InputError as error:
         raise InputError(f"stage {ready.name}: {problem}" for problem in error.problems) from error
@@ -130,6 +135,9 @@ def _release(number: str) -> None:
     try:
         ask("scontrol", "release", number)
     except ControlError as error:
+        if "JobHeldUser" not in show(number).get("Reason", ""):
+            # Of a job that asks for more than there is now, scontrol says so and releases it all the same.
+            return
         raise InputError(f"scontrol release {number}: {error}; ask who runs the cluster why jobs stay held") from error
 
 

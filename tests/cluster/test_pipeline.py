@@ -222,6 +222,22 @@ def test_a_refused_stage_leaves_nothing_behind(
     monkeypatch.undo()
 
 
+def test_a_stage_that_may_never_start_is_queued_with_a_warning(
+    pipeline: StubPipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """More nodes than there are now: as for a single job, they may come back."""
+    pipeline.add("teacher")
+    pipeline.add("student", "teacher")
+    pipeline.options = ("--nodes", "99")
+    pipeline.submit()
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert ["teacher" in line and "--nodes" in line for line in warnings] == [True, False]
+    assert all("may never start" in line for line in warnings)
+    for name in ("student", "teacher"):
+        assert pipeline.cluster.job(pipeline.number(name)).state == "PENDING"
+        pipeline.cluster.run("scancel", pipeline.number(name))
+
+
 def test_the_last_run_of_a_sweep_shows_the_table(shared_cluster: Cluster, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
     settings = [{"seed": "0"}, {"seed": "1"}, {"seed": "2"}]
