@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -108,3 +109,19 @@ def test_what_sbatch_refuses_leaves_nothing(shared_cluster: Cluster, tmp_path: P
     assert done.returncode == 2, done.stderr
     assert "--partition" in done.stderr
     assert not report.exists()
+
+
+@pytest.mark.slow
+def test_a_job_that_somebody_cancels_is_not_waited_for(shared_cluster: Cluster, tmp_path: Path) -> None:
+    report = tmp_path / "report"
+    words = ["doctor", "--json", "--report", str(report), "--on", "slurm", "--mem", "100", "--sbatch", "hold"]
+    command = [sys.executable, "-m", "launch.cli", *words]
+    with subprocess.Popen(command, env=shared_cluster.env(), stdout=subprocess.PIPE, text=True) as waiting:
+        submissions = report / "job" / "submissions.jsonl"
+        shared_cluster.wait_until(lambda: submissions.exists() and submissions.read_text(), "the job is queued")
+        job_id = json.loads(submissions.read_text())["job_id"]
+        shared_cluster.run("scancel", job_id)
+        said, _ = waiting.communicate(timeout=90)
+    assert waiting.returncode == 1
+    [found] = json.loads(said)["findings"]
+    assert found["value"] == f"job {job_id} ended without findings: it said nothing"
