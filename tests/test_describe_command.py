@@ -188,7 +188,7 @@ def test_a_pass_of_the_head_warns_of_nothing() -> None:
         "import numpy, torch\n"
         "from trainer.layout import lay_out\nfrom trainer.models.temporal_head import TemporalHead\n"
         "head = TemporalHead(3, rnn_size=2, rnn_layers=1, dropout=0.0, num_classes=2)\n"
-        "assert head(torch.zeros(2, 3), lay_out(numpy.array([4]), 4)).shape == (1, 2)\n"
+        "assert head(torch.zeros(2, 3), lay_out(numpy.array([4]), 4)).logits.shape == (1, 2)\n"
         "assert torch.backends.mkldnn.enabled\n"
     )
     warned = [sys.executable, "-W", "error::UserWarning", "-c", code]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from trainer.data.batch import MicroBatch
+from trainer.data.vocabulary import BLANK
 from trainer.distillation import Distillation, Targets, Undistilled
 from trainer.models.recognizer import Recognizer
 from trainer.models.temporal_head import Outputs
@@ -83,7 +84,9 @@ class StepLoss:
     def _alignment(self, logits: Tensor, visual: Tensor) -> Tensor:
         """Return T^2 times the sum over frames of KL(model || auxiliary classifier); the model is what is learnt from.
 
-        So it is in the code of Min et al. 2021: the gradient reaches the visual features alone.
+        So it is in the code of Min et al. 2021: the gradient reaches the visual features alone, and the distributions
+        are those of the glosses, without the blank, which would else be nearly all that there is to agree on.
         """
         temperature = float(self.objective.alignment_temperature)
-        return temperature**2 * divergence_sum(visual, soften(logits.detach(), temperature), temperature=temperature)
+        model, classifier = logits.detach()[:, BLANK + 1 :], visual[:, BLANK + 1 :]
+        return temperature**2 * divergence_sum(classifier, soften(model, temperature), temperature=temperature)

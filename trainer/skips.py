@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from trainer.checkpoint.content import RunState
 from trainer.data.loader import StepShare, TrainingLoader
 from trainer.engine import Engine
 from trainer.errors import TrainingFailedError, name_some
+from trainer.files import write_json
 from trainer.relief import Reload
 from trainer.step import StepOutcome
 
@@ -43,7 +43,7 @@ class Skips:
         self._say(f"step {step}: gradient not finite, skipped on all ranks; clips: {names}")
         if self._in_a_row >= _MOST_IN_A_ROW:
             path = self._run_dir / "not_finite.json"
-            self._engine.on_main(lambda: path.write_text(json.dumps({"step": step, "clips": suspects})))
+            self._engine.on_main(lambda: write_json(path, {"step": step, "clips": suspects}))
             raise TrainingFailedError(
                 f"{self._in_a_row} steps in a row had a gradient that is not finite (clips of the last: {names}; "
                 f"all in {path}); lower --learning_rate, or look at these clips"

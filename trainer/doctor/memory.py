@@ -57,12 +57,9 @@ def check_memory(recipe: Recipe, corpus: TrainingCorpus, engine: Engine) -> Iter
     engine.prepare(model, recipe.optimization)
     states = STATES[recipe.optimization.optimizer]
     found = probe(engine, loader, worst, goal=slots, states=states, distillation=teacher)
-    alone = "; a teacher that is asked online comes on top" if recipe.distillation.teacher else ""
     room = "" if found.capacity is None else f" of {size(found.capacity)}"
     taken = found.model.peak(Load(slots=found.budget, padded=round(found.budget * worst.padding)))
-    value = (
-        f"{size(taken)}{room} a rank at {found.budget} frames a micro-batch, {len(found.passes)} passes probed{alone}"
-    )
+    value = f"{size(taken)}{room} a rank at {found.budget} frames a micro-batch, {len(found.passes)} passes probed"
     if not found.fits:
         yield Finding(
             check=CHECK,

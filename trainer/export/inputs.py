@@ -73,10 +73,10 @@ def _wrong_kind(path: Path, card: Card) -> str:
     """Say that a path is none of the kind that the model takes; empty if it is one."""
     videos = ", ".join(VIDEO_SUFFIXES)
     suffix, is_folder = path.suffix.lower(), path.is_dir()
-    if not is_folder and suffix not in (".npz", *VIDEO_SUFFIXES):
-        return f"{path}: expected features (.npz), a video ({videos}) or a folder of frames; convert it to one of them"
     if not path.exists():
         return f"{path}: no such file; mend the path"
+    if not is_folder and suffix not in (".npz", *VIDEO_SUFFIXES):
+        return f"{path}: expected features (.npz), a video ({videos}) or a folder of frames; convert it to one of them"
     model = card.model.get("model", "the model")
     if card.is_video and suffix == ".npz" and not is_folder:
         return f"{path}: holds features, {model} takes video; name a video ({videos}) or a folder of frames"

@@ -87,4 +87,5 @@ def _build(recipe: Recipe, feature_dim: int, num_classes: int) -> Recognizer:
     theirs = load_recipe(find_checkpoint(Path(recipe.distillation.teacher)) / RECIPE)
     model = build_model(theirs.model, feature_dim=feature_dim, num_classes=num_classes)
     model.head.add_auxiliary(reveals_features=recipe.distillation.feature_weight > 0)
-    return model
+    # As a teacher's are: of weights that learn, autocast would keep casts.
+    return model.requires_grad_(False)
