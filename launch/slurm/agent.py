@@ -11,10 +11,11 @@ from pathlib import Path
 from launch.jobs.plan import Plan
 from launch.jobs.ranks import SIGNALS
 from launch.slurm.environment import attempt_name, task_number
+from launch.slurm.limit import LIMIT
 from launch.slurm.meeting import Meeting, meet
 from trainer.errors import InputError
 from trainer.exits import EXIT_INPUT_ERROR, exit_on_input_error
-from trainer.job.directory import ATTEMPT, JOB, TOKEN, JobDirectory
+from trainer.job.directory import ATTEMPT, END_TIME, JOB, TOKEN, JobDirectory
 
 _SECONDS_TO_SAVE = 3600
 """How long a launcher waits for its ranks after a signal; the scheduler's own limits are shorter."""
@@ -89,6 +90,7 @@ def rank_environment(plan: Plan, job: JobDirectory, attempt: str, *, meeting: Me
         JOB: str(job.folder),
         ATTEMPT: attempt,
         TOKEN: meeting.token,
+        END_TIME: os.environ.get(LIMIT, ""),
         "SIGNSCALE_NODE": str(meeting.node),
         "PET_SIGNALS_TO_HANDLE": ",".join(SIGNALS),
         "PET_SHUTDOWN_TIMEOUT": str(_SECONDS_TO_SAVE),

@@ -25,6 +25,7 @@ from launch.slurm import control
 from launch.slurm.attempt import Leading, close_predecessors, find
 from launch.slurm.control import ControlError, SilentError
 from launch.slurm.decision import Decision, Preflight, Situation, decide
+from launch.slurm.limit import LIMIT, find_end_time
 from launch.slurm.needs import redirect_children
 from launch.slurm.relay import ExitNoise, notice_of_cancellation, relay, telling_line
 from launch.slurm.requests import StopRequests, await_termination, forget_terminations, say
@@ -63,6 +64,8 @@ def main(argv: Sequence[str]) -> int:
     say(f"attempt {leading.attempt} on {leading.nodes}; its output: {leading.log}")
     found = None
     if leading.job.cancelled() is None:
+        end_time = find_end_time(leading.job_id)
+        os.environ[LIMIT] = "" if end_time is None else str(end_time)
         found = _check_nodes(preflight, leading, options.job) if preflight else None
         if found is None or found.ok:
             _run(command, leading)

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from trainer.files import write_json
-from trainer.job.directory import ATTEMPT, JOB, JobDirectory, read_lines
+from trainer.job.directory import ATTEMPT, END_TIME, JOB, JobDirectory, read_lines
 
 START = hashlib.sha256(b"start").hexdigest()
 FINISH = "FINISH"
@@ -136,7 +136,14 @@ def _load(folder: Path) -> tuple[int, str]:
 def _save(folder: Path, step: int, weights: str, job: JobDirectory, attempt: str) -> None:
     """Publish, if this attempt still may; what was published and what was refused is noted for the test."""
     allowed = job.owner_attempt() == attempt
-    note(folder.parent / "saves.jsonl", attempt=attempt, step=step, published=allowed, time=time.time())
+    note(
+        folder.parent / "saves.jsonl",
+        attempt=attempt,
+        step=step,
+        published=allowed,
+        time=time.time(),
+        end_time=os.environ.get(END_TIME),
+    )
     if not allowed:
         print(f"attempt {job.owner_attempt()} has taken over: step {step} is not published", flush=True)
         sys.exit(REFUSED)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster import stub
 from tests.cluster.cluster import Cluster
 from tests.cluster.jobs import StubJob
 from trainer.job.directory import read_lines
@@ -14,10 +15,14 @@ BRIEF = ["--step_seconds", "0.02"]
 
 
 def test_an_undisturbed_job_takes_one_attempt(shared_cluster: Cluster, tmp_path: Path) -> None:
-    with StubJob(shared_cluster, tmp_path / "undisturbed") as job:
+    with StubJob(shared_cluster, tmp_path / "undisturbed", options=["--time", "20"]) as job:
+        job.wait_for_step()
         job.finish()
         job.check_complete()
         assert job.words() == ["DONE"]
+        # The ranks know when their time is over; the minute is for a start on busy cores.
+        end_time = float(str(stub.saves(job.run)[0]["end_time"]))
+        assert abs(end_time - job.job.history()[0].began - 20 * 60) < 60
 
 
 def test_preempted_by_a_job_of_higher_priority(cluster: Cluster, tmp_path: Path) -> None:
