@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from trainer.errors import InputError
 from trainer.files import write_json
-from trainer.job.directory import JobDirectory
+from trainer.job.directory import Cancellation, JobDirectory
 
 Way = Literal["debug", "local", "slurm"]
 WAYS: tuple[Way, ...] = ("debug", "local", "slurm")
@@ -90,6 +90,10 @@ class Plan:
     def job_of(self, task: int | None) -> JobDirectory:
         """Return the job directory of an array's task; of the plan itself where there is none."""
         return self.job if task is None or self.tasks is None else JobDirectory.of(self.tasks[task].run)
+
+    def cancellation_of(self, task: int | None) -> Cancellation | None:
+        """Return whose wish ends an array's task: its own, or that of the whole array, which may be older than it."""
+        return self.job_of(task).cancelled() or self.job.cancelled()
 
     def arguments_of(self, task: int | None) -> tuple[str, ...]:
         """Return what the ranks of an array's task are given."""

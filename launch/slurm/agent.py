@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "FAILED", attempt=attempt, step=None, reason="; ".join(error.problems), code=EXIT_INPUT_ERROR
             )
         raise
-    if (cancelled := job.cancelled()) is not None:
+    if (cancelled := plan.cancellation_of(task)) is not None:
         # Before minutes are spent on starting ranks that would leave at their first step; srun ends the other nodes.
         print(f"signscale: {meeting.host}: {cancelled.reason}; starting no ranks", flush=True)
         return 1

@@ -12,7 +12,7 @@ from launch.jobs.traces import read_saved_step
 from launch.slurm.decision import ENDED_BY_SLURM
 from launch.slurm.environment import attempt_name, job_name, task_number
 from trainer.errors import InputError
-from trainer.job.directory import JobDirectory, LastWord
+from trainer.job.directory import Cancellation, JobDirectory, LastWord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,10 @@ class Leading:
     def log(self) -> Path:
         """Everything that the attempt says."""
         return self.job.logs / f"{self.attempt}.log"
+
+    def cancelled(self) -> Cancellation | None:
+        """Tell whether the job, or the array that it is part of, is not to go on."""
+        return self.plan.cancellation_of(self.task)
 
     def saved_step(self) -> int | None:
         """Return how far what is saved goes: the step of the newest checkpoint, or what the last word tells of.

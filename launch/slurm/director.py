@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     requests.open()
     say(f"attempt {leading.attempt} on {leading.nodes}; its output: {leading.log}")
     found = None
-    if leading.job.cancelled() is None:
+    if leading.cancelled() is None:
         end_time = find_end_time(leading.job_id)
         os.environ[LIMIT] = "" if end_time is None else str(end_time)
         found = _check_nodes(preflight, leading, options.job) if preflight else None
@@ -183,7 +183,7 @@ def _conclude(leading: Leading, found: Preflight | None) -> int:
 
 
 def _asked_to_end(leading: Leading, state: dict[str, str]) -> str | None:
-    if (cancelled := leading.job.cancelled()) is not None:
+    if (cancelled := leading.cancelled()) is not None:
         return cancelled.reason
     # SLURM would requeue even a job that was cancelled; and while it ends it, it does not say why.
     ending = state.get("JobState") == "COMPLETING" and notice_of_cancellation(leading.log) == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.jobs.plan import Plan
+from launch.jobs.plan import Plan, Task
 from tests.conftest import ROOT, environment
 from trainer.job.directory import AttemptRecord, JobDirectory
 
@@ -44,12 +45,12 @@ def job(tmp_path: Path) -> JobDirectory:
     return plan.job
 
 
-def director(job: JobDirectory, *command: str) -> subprocess.Popen[str]:
+def director(job: JobDirectory, *command: str, **more: str) -> subprocess.Popen[str]:
     """Start it as the batch script of job 7 does, in its second attempt."""
     batch = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1", "SLURM_JOB_NODELIST": "node[1-2]"}
     return subprocess.Popen(
         [sys.executable, "-m", "launch.slurm.director", "--job", str(job.folder), "--", *command],
-        env=environment() | batch,
+        env=environment() | batch | more,
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -115,6 +116,19 @@ def test_a_job_cancelled_while_it_waited_starts_nothing(job: JobDirectory, tmp_p
     assert process.returncode == 1, said
     assert "stop: stopped on request: cancelled by a test" in said
     assert not (tmp_path / "started").exists()
+
+
+def test_a_task_of_a_cancelled_array_starts_nothing(job: JobDirectory, tmp_path: Path) -> None:
+    tasks = tuple(Task(run=tmp_path / str(number), overrides={}) for number in range(2))
+    dataclasses.replace(Plan.load(job.plan), tasks=tasks).save()
+    # The task had no attempt yet when its array was cancelled, and so nothing in its own folder.
+    job.cancel("cancelled by a test")
+    process = director(job, "touch", str(tmp_path / "started"), SLURM_ARRAY_JOB_ID="6", SLURM_ARRAY_TASK_ID="1")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, said
+    assert "stop: stopped on request: cancelled by a test" in said
+    assert not (tmp_path / "started").exists()
+    assert [record.attempt for record in JobDirectory.of(tmp_path / "1").history()] == ["6_1.1"]
 
 
 def test_a_folder_that_the_node_does_not_see(tmp_path: Path) -> None:
