@@ -12,8 +12,7 @@ from launch.jobs.plan import Plan
 from launch.jobs.ranks import SIGNALS
 from launch.slurm.environment import attempt_name, task_number
 from launch.slurm.limit import LIMIT
-from launch.slurm.meeting import Meeting, meet
-from trainer.errors import InputError
+from launch.slurm.meeting import Meeting, UnfitError, meet
 from trainer.exits import EXIT_INPUT_ERROR, exit_on_input_error
 from trainer.job.directory import ATTEMPT, END_TIME, JOB, TOKEN, JobDirectory
 
@@ -32,10 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     job, attempt = plan.job_of(task), attempt_name(os.environ)
     try:
         if nodes != plan.nodes:
-            raise InputError(f"{job.plan}: the job has {nodes} nodes, its plan {plan.nodes}; launch it again")
+            raise UnfitError(f"{job.plan}: the job has {nodes} nodes, its plan {plan.nodes}; launch it again")
         noted = plan.job.folder / f"nodes-{attempt}"
         meeting = meet(job, attempt, node=node, nodes=nodes, seconds=plan.meeting_seconds, unfit=noted)
-    except InputError as error:
+    except UnfitError as error:
+        # Without a word a job goes on, until it has made no progress too often: nodes may be late, ports taken.
         if node == 0:
             job.leave_word(
                 "FAILED", attempt=attempt, step=None, reason="; ".join(error.problems), code=EXIT_INPUT_ERROR
