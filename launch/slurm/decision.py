@@ -30,7 +30,9 @@ class Situation:
     """What is known when an attempt has ended."""
 
     earlier: Sequence[AttemptRecord]
-    """The attempts before it, oldest first."""
+    """The attempts before it since the job was launched (again), oldest first."""
+    step_at_launch: int | None = None
+    """Newest step that was saved before that; None: no step."""
     word: LastWord | None
     """Its last word; None: it left without one."""
     saved: int | None
@@ -79,7 +81,7 @@ def decide(situation: Situation) -> Decision:
         reason += f"; going on without {', '.join(preflight.bad_nodes)}"
     else:
         reason = word.reason if word is not None else f"left without a word ({situation.trouble or 'its log is empty'})"
-    idle = attempts_without_progress(situation.earlier, situation.saved)
+    idle = attempts_without_progress(situation.earlier, situation.saved, situation.step_at_launch)
     if idle >= situation.limit:
         step = "no step is saved" if not situation.saved else f"step {situation.saved} is still the last one saved"
         attempts = f"{idle} attempts in a row" if idle > 1 else "the attempt"
@@ -88,12 +90,12 @@ def decide(situation: Situation) -> Decision:
     return Decision(action="requeue" if situation.may_requeue else "resubmit", reason=reason, exclude=bad)
 
 
-def attempts_without_progress(earlier: Sequence[AttemptRecord], saved: int | None) -> int:
-    """Count the newest attempts in a row, this one included, that saved no new step.
+def attempts_without_progress(earlier: Sequence[AttemptRecord], saved: int | None, begun_at: int | None = None) -> int:
+    """Count the newest attempts in a row, this one included, that saved no step beyond `begun_at`.
 
     An attempt that SLURM itself took back counts neither way: the job is not to blame.
     """
-    best = idle = 0
+    best, idle = begun_at or 0, 0
     for step, by_slurm in [(record.step, record.reason == ENDED_BY_SLURM) for record in earlier] + [(saved, False)]:
         if (step or 0) > best:
             best, idle = step or 0, 0

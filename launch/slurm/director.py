@@ -156,7 +156,8 @@ def _conclude(leading: Leading, found: Preflight | None) -> int:
     saved = leading.saved_step()
     decision = decide(
         Situation(
-            earlier=[record for record in job.history() if record.attempt != attempt],
+            earlier=leading.earlier(),
+            step_at_launch=leading.step_at_launch(),
             word=word,
             saved=saved,
             asked=_asked_to_end(leading, state or {}),

@@ -72,6 +72,13 @@ def test_progress_begins_the_count_anew() -> None:
     assert attempts_without_progress(attempts(8, 4), 6) == 2
 
 
+def test_steps_of_a_former_launch_are_no_progress() -> None:
+    assert attempts_without_progress([], 8, 8) == 1
+    assert attempts_without_progress(attempts(8), 9, 8) == 0
+    assert decide(situation(saved=8, step_at_launch=8, limit=1)).action == "fail"
+    assert decide(situation(saved=8, step_at_launch=8, limit=2)).action == "requeue"
+
+
 def test_what_slurm_took_back_counts_neither_way() -> None:
     taken = attempts(4, 4, 4, reason=ENDED_BY_SLURM)
     assert attempts_without_progress(taken, 4) == 1

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch.jobs.plan import Plan, Task
+from launch.slurm.attempt import find
 from tests.conftest import ROOT, environment
 from trainer.job.directory import AttemptRecord, JobDirectory
 
@@ -129,6 +130,18 @@ def test_a_task_of_a_cancelled_array_starts_nothing(job: JobDirectory, tmp_path:
     assert "stop: stopped on request: cancelled by a test" in said
     assert not (tmp_path / "started").exists()
     assert [record.attempt for record in JobDirectory.of(tmp_path / "1").history()] == ["6_1.1"]
+
+
+def test_a_job_launched_again_has_all_its_attempts(job: JobDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, began in enumerate((100.0, 200.0, 400.0)):
+        job.begin(AttemptRecord(attempt=f"{number}.0", began=began))
+        job.end(f"{number}.0", step=8, word=None, reason="left")
+    dataclasses.replace(Plan.load(job.plan), created=300.0).save()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    leading = find(job.folder)
+    job.begin(AttemptRecord(attempt=leading.attempt, began=500.0))
+    assert [record.attempt for record in leading.earlier()] == ["2.0"]
+    assert leading.step_at_launch() == 8
 
 
 def test_a_folder_that_the_node_does_not_see(tmp_path: Path) -> None:
