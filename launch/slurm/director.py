@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launch.pipeline.record import begin
@@ -177,9 +177,9 @@ def _conclude(leading: Leading, found: Preflight | None) -> int:
     if state is None and decision.action in ("requeue", "resubmit"):
         say(f"SLURM does not say how this job stands ({trouble}); launch it again if SLURM does not start it by itself")
     elif decision.action == "requeue":
-        _requeue(leading, decision)
+        _requeue(leading, decision, state or {})
     elif decision.action == "resubmit":
-        _resubmit(leading, decision, "")
+        _resubmit(leading, decision, state or {}, "")
     return word.code if decision.action == "done" and word is not None else 1
 
 
@@ -191,12 +191,12 @@ def _asked_to_end(leading: Leading, state: dict[str, str]) -> str | None:
     return "scancel" if ending or state.get("JobState") == "CANCELLED" else None
 
 
-def _requeue(leading: Leading, decision: Decision) -> None:
+def _requeue(leading: Leading, decision: Decision, state: Mapping[str, str]) -> None:
     forget_terminations()
     try:
         control.requeue(leading.job_id)
     except ControlError as error:
-        return _resubmit(leading, decision, f"the requeue was refused: {error}; ")
+        return _resubmit(leading, decision, state, f"the requeue was refused: {error}; ")
     except SilentError as error:
         return say(f"SLURM does not answer ({error}); launch the job again if SLURM does not start it by itself")
     if decision.exclude:
@@ -210,7 +210,7 @@ def _requeue(leading: Leading, decision: Decision) -> None:
     return None
 
 
-def _resubmit(leading: Leading, decision: Decision, refusal: str) -> None:
+def _resubmit(leading: Leading, decision: Decision, state: Mapping[str, str], refusal: str) -> None:
     """Submit the job's script anew, to start when this job has ended. Leaves FAILED where SLURM refuses that too."""
     # Of an array, one task alone; as a singleton it would wait for all the others, which have the same name.
     after = "singleton" if leading.task is None else f"afterany:{leading.job_id}"
@@ -221,7 +221,8 @@ def _resubmit(leading: Leading, decision: Decision, refusal: str) -> None:
             job=leading.plan.job,
             dependencies=[after],
             array=array,
-            exclude=decision.exclude,
+            # In place of the script's own line, and with what earlier checks of the nodes found.
+            exclude=control.with_excluded(state, decision.exclude),
         )
     except InputError as error:
         reason = f"SLURM takes the job neither back nor anew: {refusal}{'; '.join(error.problems)}"

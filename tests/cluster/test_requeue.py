@@ -73,6 +73,18 @@ def test_where_requeue_is_forbidden_the_job_is_submitted_anew(shared_cluster: Cl
         assert read_lines(job.job.submissions)[1]["after"] == ["singleton"]
 
 
+def test_submitted_anew_a_job_stays_away_from_the_same_nodes(shared_cluster: Cluster, tmp_path: Path) -> None:
+    # As after a check of the nodes: known to SLURM alone, and not to the script.
+    with StubJob(
+        shared_cluster, tmp_path / "away", nodes=1, options=["--no_requeue"], sbatch=["--exclude=node2"]
+    ) as job:
+        job.wait_for_step()
+        job.warn()
+        shared_cluster.wait_until(lambda: len(job.submissions()) == 2, "a second submission")
+        again = shared_cluster.run("scontrol", "--oneliner", "show", "job", job.submissions()[1]).stdout
+        assert "ExcNodeList=node2 " in again
+
+
 @pytest.mark.slow
 def test_attempts_that_save_steps_are_never_too_many(shared_cluster: Cluster, tmp_path: Path) -> None:
     # Each attempt fails after 12 steps, of which it saved 10.
