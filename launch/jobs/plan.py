@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,11 @@ Way = Literal["debug", "local", "slurm"]
 WAYS: tuple[Way, ...] = ("debug", "local", "slurm")
 MULTI_NODE = "accelerate_configs/multi_node.yaml"
 _VERSION = 1
+
+
+def unique_name(run: Path) -> str:
+    """Return the name of a batch job that was given none: no other run's, so that it may be a singleton by its name."""
+    return f"{run.name}-{hashlib.sha256(str(run).encode()).hexdigest()[:6]}"
 
 
 @dataclass(frozen=True, kw_only=True)

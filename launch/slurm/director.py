@@ -20,6 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from launch.jobs.plan import unique_name
 from launch.pipeline.record import begin
 from launch.slurm import control
 from launch.slurm.attempt import Leading, close_predecessors, find
@@ -212,8 +213,9 @@ def _requeue(leading: Leading, decision: Decision, state: Mapping[str, str]) -> 
 
 def _resubmit(leading: Leading, decision: Decision, state: Mapping[str, str], refusal: str) -> None:
     """Submit the job's script anew, to start when this job has ended. Leaves FAILED where SLURM refuses that too."""
-    # Of an array, one task alone; as a singleton it would wait for all the others, which have the same name.
-    after = "singleton" if leading.task is None else f"afterany:{leading.job_id}"
+    # A singleton waits for all jobs of its name: of an array the other tasks, of a name that was given any job.
+    alone = leading.task is None and leading.plan.name == unique_name(leading.plan.run)
+    after = "singleton" if alone else f"afterany:{leading.job_id}"
     array = None if leading.task is None else str(leading.task)
     try:
         job_id = submit(

@@ -62,15 +62,19 @@ def test_warned_twice_of_the_time_limit(shared_cluster: Cluster, tmp_path: Path)
         assert job.words() == ["RESUME", "RESUME", "DONE"]
 
 
-def test_where_requeue_is_forbidden_the_job_is_submitted_anew(shared_cluster: Cluster, tmp_path: Path) -> None:
-    with StubJob(shared_cluster, tmp_path / "anew", options=["--no_requeue"]) as job:
+@pytest.mark.parametrize("name", ["", "name"])
+def test_where_requeue_is_forbidden_the_job_is_submitted_anew(
+    shared_cluster: Cluster, tmp_path: Path, name: str
+) -> None:
+    named = ["--name", name] if name else []
+    with StubJob(shared_cluster, tmp_path / "anew", options=["--no_requeue", *named]) as job:
         job.wait_for_step()
         job.warn()
         shared_cluster.wait_until(lambda: len(job.submissions()) == 2, "a second submission")
         job.finish(job.submissions()[1])
         job.check_complete()
         assert job.words() == ["RESUME", "DONE"]
-        assert read_lines(job.job.submissions)[1]["after"] == ["singleton"]
+        assert read_lines(job.job.submissions)[1]["after"] == ([f"afterany:{job.job_id}"] if name else ["singleton"])
 
 
 def test_submitted_anew_a_job_stays_away_from_the_same_nodes(shared_cluster: Cluster, tmp_path: Path) -> None:
