@@ -123,6 +123,8 @@ OWN = {
 }
 """Options of sbatch that extra lines may not set, and why."""
 
+_ONCE = ("hold", "begin")
+"""Options of sbatch that are meant for the first submission alone."""
 _TIME = re.compile(r"^(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?$")
 _PATTERNS = {
     "gpus_per_node": (r"(?:[A-Za-z0-9_.+\-]+:)?[1-9]\d*", "a count, or TYPE:COUNT such as a100:4"),
@@ -196,6 +198,11 @@ def _find_problems(options: SlurmOptions) -> Iterator[str]:
             yield f"--sbatch {extra!r}: expected KEY=VALUE, such as gres=gpu:4"
         elif key in OWN:
             yield f"--sbatch {extra}: {OWN[key]}"
+        elif key in _ONCE and not options.requeue:
+            yield (
+                f"--sbatch {extra}: with --no_requeue the script is submitted anew after each attempt, and would be "
+                "held up by this line again; leave one of them out, or use scontrol update after the launch"
+            )
         elif key in FIELDS and key != "export":
             yield f"--sbatch {extra}: is an option of its own, --{key}"
 
