@@ -11,6 +11,9 @@ from trainer.job.directory import AttemptRecord, LastWord
 ENDED_BY_SLURM = "left without a word (preempted, or its node failed)"
 """The reason recorded for an attempt that SLURM itself took back: nobody of it was left to record one."""
 
+MOST_LOST = 10
+"""Attempts without progress that SLURM may take back before the job itself is suspected."""
+
 Action = Literal["done", "requeue", "resubmit", "stop", "fail"]
 
 
@@ -93,12 +96,28 @@ def decide(situation: Situation) -> Decision:
 def attempts_without_progress(earlier: Sequence[AttemptRecord], saved: int | None, begun_at: int | None = None) -> int:
     """Count the newest attempts in a row, this one included, that saved no step beyond `begun_at`.
 
-    An attempt that SLURM itself took back counts neither way: the job is not to blame.
+    An attempt that SLURM itself took back counts neither way: the job is not to blame, at first (see `lost_too_often`).
     """
-    best, idle = begun_at or 0, 0
-    for step, by_slurm in [(record.step, record.reason == ENDED_BY_SLURM) for record in earlier] + [(saved, False)]:
+    return sum(1 for record in _idle(earlier, begun_at, saved) if record is None or record.reason != ENDED_BY_SLURM)
+
+
+def lost_too_often(earlier: Sequence[AttemptRecord], begun_at: int | None = None) -> str | None:
+    """Say why no further attempt begins; None: one does.
+
+    A job that brings its nodes down leaves nobody who could decide: the attempt after it does, before it starts ranks.
+    """
+    lost = [record for record in _idle(earlier, begun_at) if record is not None and record.reason == ENDED_BY_SLURM]
+    if len(lost) < MOST_LOST:
+        return None
+    nodes = ", ".join(dict.fromkeys(record.nodes or "?" for record in lost))
+    return f"{len(lost)} attempts without progress {ENDED_BY_SLURM}, on {nodes}; does the job bring its nodes down?"
+
+
+def _idle(earlier: Sequence[AttemptRecord], begun_at: int | None, *now: int | None) -> list[AttemptRecord | None]:
+    """List the newest attempts in a row that saved no new step; None stands for this one, if what it saved is given."""
+    best, idle = begun_at or 0, list[AttemptRecord | None]()
+    for record, step in [*((record, record.step) for record in earlier), *((None, step) for step in now)]:
+        idle.append(record)
         if (step or 0) > best:
-            best, idle = step or 0, 0
-        elif not by_slurm:
-            idle += 1
+            best, idle = step or 0, []
     return idle

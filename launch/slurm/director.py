@@ -25,7 +25,7 @@ from launch.pipeline.record import begin
 from launch.slurm import control
 from launch.slurm.attempt import Leading, close_predecessors, find
 from launch.slurm.control import ControlError, SilentError
-from launch.slurm.decision import Decision, Preflight, Situation, decide
+from launch.slurm.decision import Decision, Preflight, Situation, decide, lost_too_often
 from launch.slurm.limit import LIMIT, find_end_time
 from launch.slurm.needs import redirect_children
 from launch.slurm.relay import ExitNoise, notice_of_cancellation, relay, telling_line
@@ -61,6 +61,8 @@ def main(argv: Sequence[str]) -> int:
     )
     if (lacking := begin(leading.job)) is not None:
         return _refuse(leading, lacking)
+    if (lost := lost_too_often(leading.earlier(), leading.step_at_launch())) is not None:
+        return _refuse(leading, lost)
     requests.open()
     say(f"attempt {leading.attempt} on {leading.nodes}; its output: {leading.log}")
     found = None
@@ -87,7 +89,10 @@ def _show_sweep(out: Path) -> None:
 
 
 def _refuse(leading: Leading, lacking: str) -> int:
-    """End a pipeline's stage whose turn it is not: SLURM's dependencies know exit codes, not what was done."""
+    """End a job before any rank starts.
+
+    Among others a pipeline's stage whose turn it is not: SLURM's dependencies know exit codes, not what was done.
+    """
     leading.job.leave_word("FAILED", attempt=leading.attempt, step=leading.saved_step(), reason=lacking, code=1)
     leading.job.end(leading.attempt, step=leading.saved_step(), word="FAILED", reason=lacking)
     say(lacking)

@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 
-from launch.slurm.decision import ENDED_BY_SLURM, Preflight, Situation, attempts_without_progress, decide
+from launch.slurm.decision import (
+    ENDED_BY_SLURM,
+    Preflight,
+    Situation,
+    attempts_without_progress,
+    decide,
+    lost_too_often,
+)
 from trainer.job.directory import AttemptRecord, LastWord, Word
 
 
@@ -83,6 +90,16 @@ def test_what_slurm_took_back_counts_neither_way() -> None:
     taken = attempts(4, 4, 4, reason=ENDED_BY_SLURM)
     assert attempts_without_progress(taken, 4) == 1
     assert attempts_without_progress([*attempts(4, 4), *taken], 4) == 2
+
+
+def test_a_job_that_brings_its_nodes_down_is_given_up_in_the_end() -> None:
+    lost = attempts(*[4] * 10, reason=ENDED_BY_SLURM)
+    # The first of them took the step to 4.
+    assert lost_too_often(lost) is None
+    assert "bring its nodes down" in str(lost_too_often([*lost, *attempts(4, reason=ENDED_BY_SLURM)]))
+    assert lost_too_often([*lost, *attempts(4)]) is None
+    assert "10 attempts without progress" in str(lost_too_often(lost, 4))
+    assert lost_too_often([*lost, *attempts(5, reason=ENDED_BY_SLURM)], 4) is None
 
 
 class TestPreflight:

@@ -144,6 +144,18 @@ def test_a_job_launched_again_has_all_its_attempts(job: JobDirectory, monkeypatc
     assert leading.step_at_launch() == 8
 
 
+def test_a_job_that_was_lost_too_often_starts_nothing(job: JobDirectory, tmp_path: Path) -> None:
+    for number in range(10):
+        job.begin(AttemptRecord(attempt=f"6.{number}", began=1.0, job_id="6", nodes="node[1-2]"))
+    process = director(job, "touch", str(tmp_path / "started"))
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, said
+    assert not (tmp_path / "started").exists()
+    word = job.last_word()
+    assert word is not None
+    assert (word.word, "on node[1-2]; does the job bring" in word.reason) == ("FAILED", True)
+
+
 def test_a_folder_that_the_node_does_not_see(tmp_path: Path) -> None:
     process = director(JobDirectory.of(tmp_path / "elsewhere"), "true")
     said, _ = process.communicate(timeout=120)
