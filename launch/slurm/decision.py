@@ -44,6 +44,8 @@ class Situation:
     """Why somebody other than the cluster asked it to stop; None: nobody did."""
     preflight: Preflight | None = None
     """Of the check before it; None: there was none, or it was passed."""
+    late: bool = False
+    """Whether it was still at work when its time was all but over, and nobody waits for it any longer."""
     nodes: Sequence[str] = ()
     """Its nodes."""
     may_requeue: bool = True
@@ -82,6 +84,8 @@ def decide(situation: Situation) -> Decision:
             # What all nodes share is to blame, and other nodes would share it too.
             return Decision(action="fail", reason=f"{reason} (on every node)")
         reason += f"; going on without {', '.join(preflight.bad_nodes)}"
+    elif word is None and situation.late:
+        reason = "did not save and leave in time before the time limit (see --signal_seconds)"
     else:
         reason = word.reason if word is not None else f"left without a word ({situation.trouble or 'its log is empty'})"
     idle = attempts_without_progress(situation.earlier, situation.saved, situation.step_at_launch)

@@ -26,7 +26,7 @@ from launch.slurm import control
 from launch.slurm.attempt import Leading, close_predecessors, find
 from launch.slurm.control import ControlError, SilentError
 from launch.slurm.decision import Decision, Preflight, Situation, decide, lost_too_often
-from launch.slurm.limit import LIMIT, find_end_time
+from launch.slurm.limit import LIMIT, OutOfTimeError, alarm, find_end_time
 from launch.slurm.needs import redirect_children
 from launch.slurm.relay import ExitNoise, notice_of_cancellation, relay, telling_line
 from launch.slurm.requests import StopRequests, await_termination, forget_terminations, say
@@ -65,15 +65,20 @@ def main(argv: Sequence[str]) -> int:
         return _refuse(leading, lost)
     requests.open()
     say(f"attempt {leading.attempt} on {leading.nodes}; its output: {leading.log}")
-    found = None
+    found, late = None, False
     if leading.cancelled() is None:
         end_time = find_end_time(leading.job_id)
         os.environ[LIMIT] = "" if end_time is None else str(end_time)
-        found = _check_nodes(preflight, leading, options.job) if preflight else None
-        if found is None or found.ok:
-            _run(command, leading)
+        try:
+            with alarm(end_time):
+                found = _check_nodes(preflight, leading, options.job) if preflight else None
+                if found is None or found.ok:
+                    _run(command, leading)
+        except OutOfTimeError:
+            late = True
+            say("the time limit is near and the ranks are still at work; not waiting for them any longer")
     requests.close()
-    code = _conclude(leading, found)
+    code = _conclude(leading, found, late=late)
     if leading.task is not None and (leading.plan.run / RECORD).exists():
         _show_sweep(leading.plan.run)
     return code
@@ -113,14 +118,14 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str
 
 
 def _run(command: Sequence[str], leading: Leading) -> None:
-    """Run the command to its end, its output into the attempt's log and on."""
+    """Run the command to its end, its output into the attempt's log and on. An `alarm` leaves it running."""
     leading.job.logs.mkdir(parents=True, exist_ok=True)
     noise = ExitNoise(lambda: (word := leading.word()) is not None and word.word == "DONE")
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
-    ) as process:
-        assert process.stdout is not None
-        relay(process.stdout, leading.log, sys.stdout.buffer, noise)
+    # No context manager: that would wait for the end of what the alarm no longer waits for.
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+    assert process.stdout is not None
+    relay(process.stdout, leading.log, sys.stdout.buffer, noise)
+    process.wait()
     if noise.lines:
         say(f"left out {noise.lines} lines in which a launcher complains that another node was done before it")
 
@@ -142,7 +147,7 @@ def _check_nodes(command: Sequence[str], leading: Leading, folder: Path) -> Pref
         raise InputError(f"{result}: is no result of a check of nodes ({error!r})") from error
 
 
-def _conclude(leading: Leading, found: Preflight | None) -> int:
+def _conclude(leading: Leading, found: Preflight | None, *, late: bool) -> int:
     """Decide, record the end, and put the job back into the queue where it is to go on."""
     job, attempt = leading.job, leading.attempt
     state: dict[str, str] | None = None
@@ -168,6 +173,7 @@ def _conclude(leading: Leading, found: Preflight | None) -> int:
             saved=saved,
             asked=_asked_to_end(leading, state or {}),
             preflight=found,
+            late=late,
             nodes=control.node_names(leading.nodes) if found is not None and not found.ok else (),
             may_requeue=state is None or state["Requeue"] == "1",
             limit=leading.plan.max_attempts_without_progress,

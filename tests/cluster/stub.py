@@ -105,7 +105,7 @@ def train(options: argparse.Namespace, ranks: Ranks, job: JobDirectory, attempt:
         time.sleep(options.step_seconds)
         if step - begun >= options.fail_after:
             raise RuntimeError(f"this attempt fails after {options.fail_after} steps")
-        stop = bool(requested) or (ranks.rank == 0 and job.stop.exists())
+        stop = not options.deaf and (bool(requested) or (ranks.rank == 0 and job.stop.exists()))
         finish = ranks.rank == 0 and (options.output_dir / FINISH).exists()
         total, stops, finishes = ranks.sum((ranks.rank + 1) * (step + 1), int(stop), int(finish))
         step += 1
@@ -173,6 +173,7 @@ def main() -> int:
     parser.add_argument("--step_seconds", type=float, default=0.1)
     parser.add_argument("--save_every", type=int, default=5)
     parser.add_argument("--fail_after", type=int, default=sys.maxsize, help="steps of an attempt, then raise")
+    parser.add_argument("--deaf", action="store_true", help="do not leave when asked to")
     parser.add_argument("--mistake", default="", help="leave as after a mistake of the user's")
     options, _ = parser.parse_known_args()
     job, attempt = JobDirectory(Path(os.environ[JOB])), os.environ[ATTEMPT]

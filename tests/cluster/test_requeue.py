@@ -50,6 +50,18 @@ def test_the_time_limit_hit_twice(shared_cluster: Cluster, tmp_path: Path) -> No
         assert "SIGUSR2" in job.output()
 
 
+@pytest.mark.slow
+def test_ranks_that_do_not_leave_before_the_time_limit(shared_cluster: Cluster, tmp_path: Path) -> None:
+    with StubJob(shared_cluster, tmp_path / "deaf", stub_options=["--deaf"], sbatch=["--time=1"]) as job:
+        job.wait_for_step()
+        shared_cluster.wait_for_requeue(job.job_id, timeout=240)
+        assert job.job.stop.exists()
+        assert "did not save and leave in time" in str(job.job.history()[0].reason)
+        job.finish()
+        job.check_complete()
+        assert job.words() == [None, "DONE"]
+
+
 def test_warned_twice_of_the_time_limit(shared_cluster: Cluster, tmp_path: Path) -> None:
     with StubJob(shared_cluster, tmp_path / "warned") as job:
         for attempt in (1, 2):

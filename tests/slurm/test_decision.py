@@ -44,6 +44,13 @@ def test_a_job_goes_on_after_a_request_and_after_silence(last: LastWord | None, 
     assert decide(situation(word=last, may_requeue=may_requeue)).action == action
 
 
+def test_a_job_goes_on_whose_ranks_were_still_at_work_at_the_limit() -> None:
+    decision = decide(situation(late=True))
+    assert (decision.action, decision.reason[:25]) == ("requeue", "did not save and leave in")
+    assert decide(situation(late=True, word=word("RESUME"))).reason == "said so"
+    assert decide(situation(late=True, asked="cancelled by ann")).action == "stop"
+
+
 @pytest.mark.parametrize("last", [None, word("RESUME")])
 def test_a_job_that_somebody_stopped_does_not_go_on(last: LastWord | None) -> None:
     decision = decide(situation(word=last, asked="cancelled by ann"))

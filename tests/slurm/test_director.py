@@ -156,6 +156,17 @@ def test_a_job_that_was_lost_too_often_starts_nothing(job: JobDirectory, tmp_pat
     assert (word.word, "on node[1-2]; does the job bring" in word.reason) == ("FAILED", True)
 
 
+def test_the_director_does_not_wait_for_ranks_past_the_time_limit(job: JobDirectory) -> None:
+    end = time.time() + 12
+    process = director(job, "sleep", "60", SLURM_JOB_END_TIME=str(end))
+    said, _ = process.communicate(timeout=50)
+    assert "still at work; not waiting" in said
+    (record,) = job.history()
+    assert record.ended is not None
+    assert record.ended < end + 30
+    assert "did not save and leave in time" in str(record.reason)
+
+
 def test_a_folder_that_the_node_does_not_see(tmp_path: Path) -> None:
     process = director(JobDirectory.of(tmp_path / "elsewhere"), "true")
     said, _ = process.communicate(timeout=120)
