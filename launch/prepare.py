@@ -15,7 +15,7 @@ from typing import Any
 from launch.jobs.live import check_not_live
 from launch.jobs.options import LaunchOptions
 from launch.jobs.place import understand
-from launch.jobs.plan import MULTI_NODE, Plan, Task, Way
+from launch.jobs.plan import MULTI_NODE, Plan, Task, Way, unique_name
 from launch.jobs.snapshot import ROOT, describe_code, list_files, list_keys, take_snapshot
 from launch.slurm.options import has_control_characters
 from launch.slurm.paths import settle_paths
@@ -47,7 +47,7 @@ def prepare(way: Way, options: LaunchOptions, command: Sequence[str], *, tasks: 
     if recipe is not None:
         arguments = ("--config", str(understood.run / "job" / RECIPE))
     common = options.common
-    name = common.name or understood.run.name
+    name = common.name or (unique_name(understood.run) if way == "slurm" else understood.run.name)
     if bad := has_control_characters(name):
         raise InputError(f"--name {name!r}: holds {bad}; leave it out")
     plan = Plan(

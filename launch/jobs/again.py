@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from launch.jobs.plan import unique_name
 from launch.pipeline.record import StageRecord
 from trainer.errors import InputError
 from trainer.job.directory import JobDirectory
@@ -44,8 +46,8 @@ def _options(plan: dict[str, Any]) -> Iterator[str]:
     from launch.jobs.options import CommonOptions
     from launch.slurm.options import SlurmOptions
 
-    folder = str(plan.get("run", "")).rpartition("/")[2]
-    if plan.get("name") not in (None, folder):
+    run = Path(str(plan.get("run", "")))
+    if plan.get("name") not in (None, run.name, unique_name(run)):
         yield f"--name={plan['name']}"
     if str(plan["command"][0]) == "-m":
         yield f"--run={plan.get('run')}"

@@ -20,7 +20,7 @@ class CommonOptions:
     """What every way of launching takes."""
 
     name: str = ""
-    """Name of the job (default: that of the run's folder)."""
+    """Name of the job (default: that of the run's folder; of a batch job with six digits that no other run has)."""
     run: str = ""
     """Folder that the job of `-m MODULE …` is kept in; other commands say themselves where they write."""
     accelerate_config: str = ""

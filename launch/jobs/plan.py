@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,17 @@ from typing import Any, Literal
 
 from trainer.errors import InputError
 from trainer.files import write_json
-from trainer.job.directory import JobDirectory
+from trainer.job.directory import Cancellation, JobDirectory
 
 Way = Literal["debug", "local", "slurm"]
 WAYS: tuple[Way, ...] = ("debug", "local", "slurm")
 MULTI_NODE = "accelerate_configs/multi_node.yaml"
 _VERSION = 1
+
+
+def unique_name(run: Path) -> str:
+    """Return the name of a batch job that was given none: no other run's, so that it may be a singleton by its name."""
+    return f"{run.name}-{hashlib.sha256(str(run).encode()).hexdigest()[:6]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +96,10 @@ class Plan:
     def job_of(self, task: int | None) -> JobDirectory:
         """Return the job directory of an array's task; of the plan itself where there is none."""
         return self.job if task is None or self.tasks is None else JobDirectory.of(self.tasks[task].run)
+
+    def cancellation_of(self, task: int | None) -> Cancellation | None:
+        """Return whose wish ends an array's task: its own, or that of the whole array, which may be older than it."""
+        return self.job_of(task).cancelled() or self.job.cancelled()
 
     def arguments_of(self, task: int | None) -> tuple[str, ...]:
         """Return what the ranks of an array's task are given."""

@@ -18,7 +18,7 @@ from launch.pipeline.planning import make_records
 from launch.pipeline.record import StageRecord
 from launch.pipeline.resolving import Ready, changes
 from launch.prepare import missing_paths, write
-from launch.slurm.control import ControlError, ask, show
+from launch.slurm.control import ControlError, SilentError, ask, show
 from launch.slurm.environment import clean
 from launch.slurm.needs import redirect
 from launch.slurm.submit import foresee, require_cluster, submit
@@ -120,22 +120,27 @@ def _check_queued(stages: Sequence[Ready], records: Mapping[str, StageRecord], q
 def _is_held_by_us(job: JobDirectory, number: str) -> bool:
     """Tell whether a job still waits for a submission that was broken off before it released it."""
     newest = read_lines(job.submissions)[-1]
-    return bool(newest.get("held")) and "JobHeldUser" in show(number).get("Reason", "")
+    if not newest.get("held"):
+        return False
+    try:
+        return "JobHeldUser" in show(number).get("Reason", "")
+    except (ControlError, SilentError) as error:
+        raise InputError(f"scontrol show job {number}: {error}; type the same command again") from error
 
 
 def _redirect(name: str, record: StageRecord, number: str) -> None:
     """Let a job that was in the queue before wait for a stage that is submitted again."""
     try:
         redirect(record, number)
-    except ControlError as error:
+    except (ControlError, SilentError) as error:
         raise InputError(f"stage {name}: {error}; type the same command again") from error
 
 
 def _release(number: str) -> None:
     try:
         ask("scontrol", "release", number)
-    except ControlError as error:
-        if "JobHeldUser" not in show(number).get("Reason", ""):
+    except (ControlError, SilentError) as error:
+        if isinstance(error, ControlError) and "JobHeldUser" not in show(number).get("Reason", ""):
             # Of a job that asks for more than there is now, scontrol says so and releases it all the same.
             return
         raise InputError(f"scontrol release {number}: {error}; ask who runs the cluster why jobs stay held") from error

@@ -11,10 +11,10 @@ from pathlib import Path
 from launch.jobs.plan import Plan
 from launch.jobs.ranks import SIGNALS
 from launch.slurm.environment import attempt_name, task_number
-from launch.slurm.meeting import Meeting, meet
-from trainer.errors import InputError
+from launch.slurm.limit import LIMIT
+from launch.slurm.meeting import Meeting, UnfitError, meet
 from trainer.exits import EXIT_INPUT_ERROR, exit_on_input_error
-from trainer.job.directory import ATTEMPT, JOB, TOKEN, JobDirectory
+from trainer.job.directory import ATTEMPT, END_TIME, JOB, TOKEN, JobDirectory
 
 _SECONDS_TO_SAVE = 3600
 """How long a launcher waits for its ranks after a signal; the scheduler's own limits are shorter."""
@@ -31,16 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     job, attempt = plan.job_of(task), attempt_name(os.environ)
     try:
         if nodes != plan.nodes:
-            raise InputError(f"{job.plan}: the job has {nodes} nodes, its plan {plan.nodes}; launch it again")
+            raise UnfitError(f"{job.plan}: the job has {nodes} nodes, its plan {plan.nodes}; launch it again")
         noted = plan.job.folder / f"nodes-{attempt}"
         meeting = meet(job, attempt, node=node, nodes=nodes, seconds=plan.meeting_seconds, unfit=noted)
-    except InputError as error:
+    except UnfitError as error:
+        # Without a word a job goes on, until it has made no progress too often: nodes may be late, ports taken.
         if node == 0:
             job.leave_word(
                 "FAILED", attempt=attempt, step=None, reason="; ".join(error.problems), code=EXIT_INPUT_ERROR
             )
         raise
-    if (cancelled := job.cancelled()) is not None:
+    if (cancelled := plan.cancellation_of(task)) is not None:
         # Before minutes are spent on starting ranks that would leave at their first step; srun ends the other nodes.
         print(f"signscale: {meeting.host}: {cancelled.reason}; starting no ranks", flush=True)
         return 1
@@ -89,6 +90,7 @@ def rank_environment(plan: Plan, job: JobDirectory, attempt: str, *, meeting: Me
         JOB: str(job.folder),
         ATTEMPT: attempt,
         TOKEN: meeting.token,
+        END_TIME: os.environ.get(LIMIT, ""),
         "SIGNSCALE_NODE": str(meeting.node),
         "PET_SIGNALS_TO_HANDLE": ",".join(SIGNALS),
         "PET_SHUTDOWN_TIMEOUT": str(_SECONDS_TO_SAVE),

@@ -12,7 +12,7 @@ from launch.jobs.traces import read_saved_step
 from launch.slurm.decision import ENDED_BY_SLURM
 from launch.slurm.environment import attempt_name, job_name, task_number
 from trainer.errors import InputError
-from trainer.job.directory import JobDirectory, LastWord
+from trainer.job.directory import AttemptRecord, Cancellation, JobDirectory, LastWord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,21 @@ class Leading:
     def log(self) -> Path:
         """Everything that the attempt says."""
         return self.job.logs / f"{self.attempt}.log"
+
+    def cancelled(self) -> Cancellation | None:
+        """Tell whether the job, or the array that it is part of, is not to go on."""
+        return self.plan.cancellation_of(self.task)
+
+    def earlier(self) -> list[AttemptRecord]:
+        """List the attempts before this one, oldest first; those of former launches have had their chances."""
+        return [one for one in self._others() if one.began >= self.plan.created]
+
+    def step_at_launch(self) -> int | None:
+        """Return the newest step that was saved before the job was launched (again); None: none was."""
+        return max((one.step or 0 for one in self._others() if one.began < self.plan.created), default=None)
+
+    def _others(self) -> list[AttemptRecord]:
+        return [record for record in self.job.history() if record.attempt != self.attempt]
 
     def saved_step(self) -> int | None:
         """Return how far what is saved goes: the step of the newest checkpoint, or what the last word tells of.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 _PATIENCE = 900.0
 """Seconds for which a controller that does not answer is asked again: it may be starting anew."""
@@ -69,6 +69,11 @@ def exclude(job_id: str, nodes: Sequence[str]) -> None:
     Only a pending job's nodes can be changed. A job is pending from the moment it is requeued, and its script lives on
     for a little (KillWait).
     """
-    already = show(job_id).get("ExcNodeList", "(null)")
-    names = ",".join([*([] if already == "(null)" else [already]), *nodes])
+    names = ",".join(with_excluded(show(job_id), nodes))
     ask("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={names}", patience=_BRIEFLY)
+
+
+def with_excluded(state: Mapping[str, str], nodes: Sequence[str]) -> tuple[str, ...]:
+    """Return `nodes` behind those that a job stays away from already, as `show` told; SLURM knows only whole lists."""
+    already = state.get("ExcNodeList", "(null)")
+    return (*([] if already in ("", "(null)") else [already]), *nodes)

@@ -17,14 +17,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from launch.jobs.plan import unique_name
 from launch.pipeline.record import begin
 from launch.slurm import control
 from launch.slurm.attempt import Leading, close_predecessors, find
 from launch.slurm.control import ControlError, SilentError
-from launch.slurm.decision import Decision, Preflight, Situation, decide
+from launch.slurm.decision import Decision, Preflight, Situation, decide, lost_too_often
+from launch.slurm.limit import LIMIT, OutOfTimeError, alarm, find_end_time
 from launch.slurm.needs import redirect_children
 from launch.slurm.relay import ExitNoise, notice_of_cancellation, relay, telling_line
 from launch.slurm.requests import StopRequests, await_termination, forget_terminations, say
@@ -59,15 +61,24 @@ def main(argv: Sequence[str]) -> int:
     )
     if (lacking := begin(leading.job)) is not None:
         return _refuse(leading, lacking)
+    if (lost := lost_too_often(leading.earlier(), leading.step_at_launch())) is not None:
+        return _refuse(leading, lost)
     requests.open()
     say(f"attempt {leading.attempt} on {leading.nodes}; its output: {leading.log}")
-    found = None
-    if leading.job.cancelled() is None:
-        found = _check_nodes(preflight, leading, options.job) if preflight else None
-        if found is None or found.ok:
-            _run(command, leading)
+    found, late = None, False
+    if leading.cancelled() is None:
+        end_time = find_end_time(leading.job_id)
+        os.environ[LIMIT] = "" if end_time is None else str(end_time)
+        try:
+            with alarm(end_time):
+                found = _check_nodes(preflight, leading, options.job) if preflight else None
+                if found is None or found.ok:
+                    _run(command, leading)
+        except OutOfTimeError:
+            late = True
+            say("the time limit is near and the ranks are still at work; not waiting for them any longer")
     requests.close()
-    code = _conclude(leading, found)
+    code = _conclude(leading, found, late=late)
     if leading.task is not None and (leading.plan.run / RECORD).exists():
         _show_sweep(leading.plan.run)
     return code
@@ -83,7 +94,10 @@ def _show_sweep(out: Path) -> None:
 
 
 def _refuse(leading: Leading, lacking: str) -> int:
-    """End a pipeline's stage whose turn it is not: SLURM's dependencies know exit codes, not what was done."""
+    """End a job before any rank starts.
+
+    Among others a pipeline's stage whose turn it is not: SLURM's dependencies know exit codes, not what was done.
+    """
     leading.job.leave_word("FAILED", attempt=leading.attempt, step=leading.saved_step(), reason=lacking, code=1)
     leading.job.end(leading.attempt, step=leading.saved_step(), word="FAILED", reason=lacking)
     say(lacking)
@@ -104,14 +118,14 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str
 
 
 def _run(command: Sequence[str], leading: Leading) -> None:
-    """Run the command to its end, its output into the attempt's log and on."""
+    """Run the command to its end, its output into the attempt's log and on. An `alarm` leaves it running."""
     leading.job.logs.mkdir(parents=True, exist_ok=True)
     noise = ExitNoise(lambda: (word := leading.word()) is not None and word.word == "DONE")
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
-    ) as process:
-        assert process.stdout is not None
-        relay(process.stdout, leading.log, sys.stdout.buffer, noise)
+    # No context manager: that would wait for the end of what the alarm no longer waits for.
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+    assert process.stdout is not None
+    relay(process.stdout, leading.log, sys.stdout.buffer, noise)
+    process.wait()
     if noise.lines:
         say(f"left out {noise.lines} lines in which a launcher complains that another node was done before it")
 
@@ -133,7 +147,7 @@ def _check_nodes(command: Sequence[str], leading: Leading, folder: Path) -> Pref
         raise InputError(f"{result}: is no result of a check of nodes ({error!r})") from error
 
 
-def _conclude(leading: Leading, found: Preflight | None) -> int:
+def _conclude(leading: Leading, found: Preflight | None, *, late: bool) -> int:
     """Decide, record the end, and put the job back into the queue where it is to go on."""
     job, attempt = leading.job, leading.attempt
     state: dict[str, str] | None = None
@@ -153,11 +167,13 @@ def _conclude(leading: Leading, found: Preflight | None) -> int:
     saved = leading.saved_step()
     decision = decide(
         Situation(
-            earlier=[record for record in job.history() if record.attempt != attempt],
+            earlier=leading.earlier(),
+            step_at_launch=leading.step_at_launch(),
             word=word,
             saved=saved,
             asked=_asked_to_end(leading, state or {}),
             preflight=found,
+            late=late,
             nodes=control.node_names(leading.nodes) if found is not None and not found.ok else (),
             may_requeue=state is None or state["Requeue"] == "1",
             limit=leading.plan.max_attempts_without_progress,
@@ -173,26 +189,26 @@ def _conclude(leading: Leading, found: Preflight | None) -> int:
     if state is None and decision.action in ("requeue", "resubmit"):
         say(f"SLURM does not say how this job stands ({trouble}); launch it again if SLURM does not start it by itself")
     elif decision.action == "requeue":
-        _requeue(leading, decision)
+        _requeue(leading, decision, state or {})
     elif decision.action == "resubmit":
-        _resubmit(leading, decision, "")
+        _resubmit(leading, decision, state or {}, "")
     return word.code if decision.action == "done" and word is not None else 1
 
 
 def _asked_to_end(leading: Leading, state: dict[str, str]) -> str | None:
-    if (cancelled := leading.job.cancelled()) is not None:
+    if (cancelled := leading.cancelled()) is not None:
         return cancelled.reason
     # SLURM would requeue even a job that was cancelled; and while it ends it, it does not say why.
     ending = state.get("JobState") == "COMPLETING" and notice_of_cancellation(leading.log) == ""
     return "scancel" if ending or state.get("JobState") == "CANCELLED" else None
 
 
-def _requeue(leading: Leading, decision: Decision) -> None:
+def _requeue(leading: Leading, decision: Decision, state: Mapping[str, str]) -> None:
     forget_terminations()
     try:
         control.requeue(leading.job_id)
     except ControlError as error:
-        return _resubmit(leading, decision, f"the requeue was refused: {error}; ")
+        return _resubmit(leading, decision, state, f"the requeue was refused: {error}; ")
     except SilentError as error:
         return say(f"SLURM does not answer ({error}); launch the job again if SLURM does not start it by itself")
     if decision.exclude:
@@ -206,10 +222,11 @@ def _requeue(leading: Leading, decision: Decision) -> None:
     return None
 
 
-def _resubmit(leading: Leading, decision: Decision, refusal: str) -> None:
+def _resubmit(leading: Leading, decision: Decision, state: Mapping[str, str], refusal: str) -> None:
     """Submit the job's script anew, to start when this job has ended. Leaves FAILED where SLURM refuses that too."""
-    # Of an array, one task alone; as a singleton it would wait for all the others, which have the same name.
-    after = "singleton" if leading.task is None else f"afterany:{leading.job_id}"
+    # A singleton waits for all jobs of its name: of an array the other tasks, of a name that was given any job.
+    alone = leading.task is None and leading.plan.name == unique_name(leading.plan.run)
+    after = "singleton" if alone else f"afterany:{leading.job_id}"
     array = None if leading.task is None else str(leading.task)
     try:
         job_id = submit(
@@ -217,7 +234,8 @@ def _resubmit(leading: Leading, decision: Decision, refusal: str) -> None:
             job=leading.plan.job,
             dependencies=[after],
             array=array,
-            exclude=decision.exclude,
+            # In place of the script's own line, and with what earlier checks of the nodes found.
+            exclude=control.with_excluded(state, decision.exclude),
         )
     except InputError as error:
         reason = f"SLURM takes the job neither back nor anew: {refusal}{'; '.join(error.problems)}"

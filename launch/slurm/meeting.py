@@ -24,6 +24,10 @@ _PACKAGES = ("signscale", "torch", "accelerate", "deepspeed", "numpy")
 _POLL_SECONDS = 0.1
 
 
+class UnfitError(InputError):
+    """The nodes cannot work together, now or in another attempt."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Meeting:
     """What all nodes of an attempt have agreed on, and this node's own part."""
@@ -45,8 +49,9 @@ def meet(
 ) -> Meeting:
     """Report this node, and wait until the head node has seen all of them.
 
-    `unfit` is where the batch script notes nodes that cannot even start Python (default: where nodes report). Raises
-    `InputError` on every node if one does not come within `seconds`, or runs other versions.
+    `unfit` is where the batch script notes nodes that cannot even start Python (default: where nodes report). Raises on
+    every node: `UnfitError` if one cannot start Python, or runs other versions; `InputError` if one does not come
+    within `seconds` or no port is free, which another attempt may not meet with.
     """
     folder = job.folder / f"nodes-{attempt}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +69,7 @@ def meet(
     else:
         agreed = _wait_for(folder / "meeting.json", deadline + 10, f"the head node, {hosts[0]},")
     if "refused" in agreed:
-        raise InputError(agreed["refused"])
+        raise (UnfitError if agreed["for_good"] else InputError)(agreed["refused"])
     reached = agreed["address"]
     interface = interface_of(reached if node == 0 else address_towards(reached))
     return Meeting(**agreed, node=node, host=hosts[node], interface=interface)
@@ -111,22 +116,25 @@ def _agree(folder: Path, attempt: str, hosts: list[str], deadline: float, noted:
                 reports[node] = report
         unfit = [path.read_text(encoding="utf-8").strip() for path in noted.glob("unfit.*")]
         if unfit:
-            return {
-                "refused": f"{name_some(unfit)}; check --interpreter, --venv or --conda, and that all nodes share it"
-            }
+            said = f"{name_some(unfit)}; check --interpreter, --venv or --conda, and that all nodes share it"
+            return _refusal(said, for_good=True)
         if time.monotonic() > deadline:
             missing = name_some([hosts[node] for node in range(len(hosts)) if node not in reports])
-            return {
-                "refused": f"{missing} did not come in time; is {folder.parent} seen there? The job's log has its lines"
-            }
+            said = f"{missing} did not come in time; is {folder.parent} seen there? The job's log has its lines"
+            return _refusal(said, for_good=False)
         time.sleep(_POLL_SECONDS)
     if problems := compare_versions([reports[node] for node in range(len(hosts))]):
-        return {"refused": "; ".join(problems)}
+        return _refusal("; ".join(problems), for_good=True)
     address = "127.0.0.1" if len(hosts) == 1 else address_towards(hosts[1])
     port = next((port for port in ports(attempt) if is_free(port)), None)
     if port is None:
-        return {"refused": f"{hosts[0]}: none of the ports of this attempt is free; launch the job again"}
+        # The next attempt has other ports.
+        return _refusal(f"{hosts[0]}: none of the ports of this attempt is free", for_good=False)
     return {"address": address, "port": port, "token": secrets.token_hex(16)}
+
+
+def _refusal(reason: str, *, for_good: bool) -> dict[str, Any]:
+    return {"refused": reason, "for_good": for_good}
 
 
 def compare_versions(reports: list[dict[str, Any]]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launch.pipeline.record import StageRecord
-from launch.slurm.control import ControlError, ask, show
+from launch.slurm.control import ControlError, SilentError, ask, show
 from trainer.job.directory import JobDirectory, read_lines
 
 
@@ -42,14 +42,17 @@ def redirect_children(job: JobDirectory) -> Iterator[str]:
             continue
         try:
             needed = redirect(known, number)
-        except ControlError as error:
+        except (ControlError, SilentError) as error:
             yield f"stage {name} (job {number}) cannot be told to wait for the new job: {error}"
         else:
             yield f"stage {name} (job {number}) now waits for {needed or 'nothing'}"
 
 
 def redirect(record: StageRecord, number: str) -> str | None:
-    """Let a stage's job wait for the newest jobs of those it needs. Raises `ControlError` where it waits no longer."""
+    """Let a stage's job wait for the newest jobs of those it needs.
+
+    Raises `ControlError` where it waits no longer, `SilentError`.
+    """
     needed = dependency(record)
     if show(number).get("JobState") != "PENDING":
         raise ControlError(f"job {number} is no longer waiting")

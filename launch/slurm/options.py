@@ -128,6 +128,8 @@ OWN = {
 }
 """Options of sbatch that extra lines may not set, and why."""
 
+_ONCE = ("hold", "begin")
+"""Options of sbatch that are meant for the first submission alone."""
 _TIME = re.compile(r"^(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?$")
 _PATTERNS = {
     "gpus_per_node": (r"(?:[A-Za-z0-9_.+\-]+:)?[1-9]\d*", "a count, or TYPE:COUNT such as a100:4"),
@@ -207,6 +209,11 @@ def _find_problems(options: SlurmOptions) -> Iterator[str]:
             yield f"--sbatch {extra}: {OWN[key]}"
         elif key in ("gres", "tres_per_task") and re.search(r"(?:^|[,/\s\"'])gpu(?:[:=,\s\"']|$)", value):
             yield f"--sbatch {extra}: {OWN['gpus']}"
+        elif key in _ONCE and not options.requeue:
+            yield (
+                f"--sbatch {extra}: with --no_requeue the script is submitted anew after each attempt, and would be "
+                "held up by this line again; leave one of them out, or use scontrol update after the launch"
+            )
         elif key in FIELDS:
             yield f"--sbatch {extra}: is an option of its own, --{key}"
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster import stub
 from tests.cluster.cluster import Cluster
 from tests.cluster.jobs import StubJob
 from trainer.job.directory import read_lines
@@ -14,10 +15,14 @@ BRIEF = ["--step_seconds", "0.02"]
 
 
 def test_an_undisturbed_job_takes_one_attempt(shared_cluster: Cluster, tmp_path: Path) -> None:
-    with StubJob(shared_cluster, tmp_path / "undisturbed") as job:
+    with StubJob(shared_cluster, tmp_path / "undisturbed", options=["--time", "20"]) as job:
+        job.wait_for_step()
         job.finish()
         job.check_complete()
         assert job.words() == ["DONE"]
+        # The ranks know when their time is over; the minute is for a start on busy cores.
+        end_time = float(str(stub.saves(job.run)[0]["end_time"]))
+        assert abs(end_time - job.job.history()[0].began - 20 * 60) < 60
 
 
 def test_preempted_by_a_job_of_higher_priority(cluster: Cluster, tmp_path: Path) -> None:
@@ -45,6 +50,18 @@ def test_the_time_limit_hit_twice(shared_cluster: Cluster, tmp_path: Path) -> No
         assert "SIGUSR2" in job.output()
 
 
+@pytest.mark.slow
+def test_ranks_that_do_not_leave_before_the_time_limit(shared_cluster: Cluster, tmp_path: Path) -> None:
+    with StubJob(shared_cluster, tmp_path / "deaf", stub_options=["--deaf"], sbatch=["--time=1"]) as job:
+        job.wait_for_step()
+        shared_cluster.wait_for_requeue(job.job_id, timeout=240)
+        assert job.job.stop.exists()
+        assert "did not save and leave in time" in str(job.job.history()[0].reason)
+        job.finish()
+        job.check_complete()
+        assert job.words() == [None, "DONE"]
+
+
 def test_warned_twice_of_the_time_limit(shared_cluster: Cluster, tmp_path: Path) -> None:
     with StubJob(shared_cluster, tmp_path / "warned") as job:
         for attempt in (1, 2):
@@ -57,15 +74,31 @@ def test_warned_twice_of_the_time_limit(shared_cluster: Cluster, tmp_path: Path)
         assert job.words() == ["RESUME", "RESUME", "DONE"]
 
 
-def test_where_requeue_is_forbidden_the_job_is_submitted_anew(shared_cluster: Cluster, tmp_path: Path) -> None:
-    with StubJob(shared_cluster, tmp_path / "anew", options=["--no_requeue"]) as job:
+@pytest.mark.parametrize("name", ["", "name"])
+def test_where_requeue_is_forbidden_the_job_is_submitted_anew(
+    shared_cluster: Cluster, tmp_path: Path, name: str
+) -> None:
+    named = ["--name", name] if name else []
+    with StubJob(shared_cluster, tmp_path / "anew", options=["--no_requeue", *named]) as job:
         job.wait_for_step()
         job.warn()
         shared_cluster.wait_until(lambda: len(job.submissions()) == 2, "a second submission")
         job.finish(job.submissions()[1])
         job.check_complete()
         assert job.words() == ["RESUME", "DONE"]
-        assert read_lines(job.job.submissions)[1]["after"] == ["singleton"]
+        assert read_lines(job.job.submissions)[1]["after"] == ([f"afterany:{job.job_id}"] if name else ["singleton"])
+
+
+def test_submitted_anew_a_job_stays_away_from_the_same_nodes(shared_cluster: Cluster, tmp_path: Path) -> None:
+    # As after a check of the nodes: known to SLURM alone, and not to the script.
+    with StubJob(
+        shared_cluster, tmp_path / "away", nodes=1, options=["--no_requeue"], sbatch=["--exclude=node2"]
+    ) as job:
+        job.wait_for_step()
+        job.warn()
+        shared_cluster.wait_until(lambda: len(job.submissions()) == 2, "a second submission")
+        again = shared_cluster.run("scontrol", "--oneliner", "show", "job", job.submissions()[1]).stdout
+        assert "ExcNodeList=node2 " in again
 
 
 @pytest.mark.slow

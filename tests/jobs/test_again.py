@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launch.jobs.again import command_again
 from launch.jobs.options import LaunchOptions, parse_options
-from launch.jobs.plan import Plan
+from launch.jobs.plan import Plan, unique_name
 from launch.pipeline.record import StageRecord
 from trainer.job.directory import JobDirectory
 
@@ -47,6 +47,14 @@ def test_all_options_of_a_batch_job_come_back(tmp_path: Path) -> None:
     again = parse_options("slurm", words[3:cut])
     assert (again.slurm, again.common) == (first.slurm, first.common)
     assert tuple(words[cut + 1 :]) == COMMAND
+
+
+def test_a_name_that_was_not_given_is_not_asked_for(tmp_path: Path) -> None:
+    options = parse_options("slurm", [])
+    for name in (tmp_path.name, unique_name(tmp_path)):
+        assert "--name" not in str(command_again(remembered(options, tmp_path, name=name), JobDirectory.of(tmp_path)))
+    other = remembered(options, tmp_path, name=unique_name(tmp_path / "other"))
+    assert "--name" in str(command_again(other, JobDirectory.of(tmp_path)))
 
 
 def test_a_stage_is_started_by_its_pipeline(tmp_path: Path) -> None:

@@ -86,6 +86,8 @@ def test_what_is_no_time_is_none(text: str) -> None:
         (["--sbatch", "output=x"], "is the job's own: logs lie in RUN/job/logs"),
         (["--sbatch", "ntasks-per-node=4"], "follows from --nodes"),
         (["--sbatch", "partition=a"], "is an option of its own, --partition"),
+        (["--sbatch", "begin=now+1hour", "--no_requeue"], "would be held up by this line again"),
+        (["--sbatch", "hold", "--no_requeue"], "would be held up by this line again"),
         (["--sbatch", "4=5"], "expected KEY=VALUE"),
         (["--sbatch", "gres=gpu:4"], "use --gpus_per_node"),
         (["--sbatch=--gres=craynetwork:1,gpu"], "use --gpus_per_node"),

@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 
-from launch.slurm.decision import ENDED_BY_SLURM, Preflight, Situation, attempts_without_progress, decide
+from launch.slurm.decision import (
+    ENDED_BY_SLURM,
+    Preflight,
+    Situation,
+    attempts_without_progress,
+    decide,
+    lost_too_often,
+)
 from trainer.job.directory import AttemptRecord, LastWord, Word
 
 
@@ -35,6 +42,13 @@ def test_failed_is_not_tried_again() -> None:
 @pytest.mark.parametrize(("may_requeue", "action"), [(True, "requeue"), (False, "resubmit")])
 def test_a_job_goes_on_after_a_request_and_after_silence(last: LastWord | None, may_requeue: bool, action: str) -> None:
     assert decide(situation(word=last, may_requeue=may_requeue)).action == action
+
+
+def test_a_job_goes_on_whose_ranks_were_still_at_work_at_the_limit() -> None:
+    decision = decide(situation(late=True))
+    assert (decision.action, decision.reason[:25]) == ("requeue", "did not save and leave in")
+    assert decide(situation(late=True, word=word("RESUME"))).reason == "said so"
+    assert decide(situation(late=True, asked="cancelled by ann")).action == "stop"
 
 
 @pytest.mark.parametrize("last", [None, word("RESUME")])
@@ -72,10 +86,27 @@ def test_progress_begins_the_count_anew() -> None:
     assert attempts_without_progress(attempts(8, 4), 6) == 2
 
 
+def test_steps_of_a_former_launch_are_no_progress() -> None:
+    assert attempts_without_progress([], 8, 8) == 1
+    assert attempts_without_progress(attempts(8), 9, 8) == 0
+    assert decide(situation(saved=8, step_at_launch=8, limit=1)).action == "fail"
+    assert decide(situation(saved=8, step_at_launch=8, limit=2)).action == "requeue"
+
+
 def test_what_slurm_took_back_counts_neither_way() -> None:
     taken = attempts(4, 4, 4, reason=ENDED_BY_SLURM)
     assert attempts_without_progress(taken, 4) == 1
     assert attempts_without_progress([*attempts(4, 4), *taken], 4) == 2
+
+
+def test_a_job_that_brings_its_nodes_down_is_given_up_in_the_end() -> None:
+    lost = attempts(*[4] * 10, reason=ENDED_BY_SLURM)
+    # The first of them took the step to 4.
+    assert lost_too_often(lost) is None
+    assert "bring its nodes down" in str(lost_too_often([*lost, *attempts(4, reason=ENDED_BY_SLURM)]))
+    assert lost_too_often([*lost, *attempts(4)]) is None
+    assert "10 attempts without progress" in str(lost_too_often(lost, 4))
+    assert lost_too_often([*lost, *attempts(5, reason=ENDED_BY_SLURM)], 4) is None
 
 
 class TestPreflight:

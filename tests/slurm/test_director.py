@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.jobs.plan import Plan
+from launch.jobs.plan import Plan, Task
+from launch.slurm.attempt import find
 from tests.conftest import ROOT, environment
 from trainer.job.directory import AttemptRecord, JobDirectory
 
@@ -44,12 +46,12 @@ def job(tmp_path: Path) -> JobDirectory:
     return plan.job
 
 
-def director(job: JobDirectory, *command: str) -> subprocess.Popen[str]:
+def director(job: JobDirectory, *command: str, **more: str) -> subprocess.Popen[str]:
     """Start it as the batch script of job 7 does, in its second attempt."""
     batch = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1", "SLURM_JOB_NODELIST": "node[1-2]"}
     return subprocess.Popen(
         [sys.executable, "-m", "launch.slurm.director", "--job", str(job.folder), "--", *command],
-        env=environment() | batch,
+        env=environment() | batch | more,
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -115,6 +117,54 @@ def test_a_job_cancelled_while_it_waited_starts_nothing(job: JobDirectory, tmp_p
     assert process.returncode == 1, said
     assert "stop: stopped on request: cancelled by a test" in said
     assert not (tmp_path / "started").exists()
+
+
+def test_a_task_of_a_cancelled_array_starts_nothing(job: JobDirectory, tmp_path: Path) -> None:
+    tasks = tuple(Task(run=tmp_path / str(number), overrides={}) for number in range(2))
+    dataclasses.replace(Plan.load(job.plan), tasks=tasks).save()
+    # The task had no attempt yet when its array was cancelled, and so nothing in its own folder.
+    job.cancel("cancelled by a test")
+    process = director(job, "touch", str(tmp_path / "started"), SLURM_ARRAY_JOB_ID="6", SLURM_ARRAY_TASK_ID="1")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, said
+    assert "stop: stopped on request: cancelled by a test" in said
+    assert not (tmp_path / "started").exists()
+    assert [record.attempt for record in JobDirectory.of(tmp_path / "1").history()] == ["6_1.1"]
+
+
+def test_a_job_launched_again_has_all_its_attempts(job: JobDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, began in enumerate((100.0, 200.0, 400.0)):
+        job.begin(AttemptRecord(attempt=f"{number}.0", began=began))
+        job.end(f"{number}.0", step=8, word=None, reason="left")
+    dataclasses.replace(Plan.load(job.plan), created=300.0).save()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    leading = find(job.folder)
+    job.begin(AttemptRecord(attempt=leading.attempt, began=500.0))
+    assert [record.attempt for record in leading.earlier()] == ["2.0"]
+    assert leading.step_at_launch() == 8
+
+
+def test_a_job_that_was_lost_too_often_starts_nothing(job: JobDirectory, tmp_path: Path) -> None:
+    for number in range(10):
+        job.begin(AttemptRecord(attempt=f"6.{number}", began=1.0, job_id="6", nodes="node[1-2]"))
+    process = director(job, "touch", str(tmp_path / "started"))
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, said
+    assert not (tmp_path / "started").exists()
+    word = job.last_word()
+    assert word is not None
+    assert (word.word, "on node[1-2]; does the job bring" in word.reason) == ("FAILED", True)
+
+
+def test_the_director_does_not_wait_for_ranks_past_the_time_limit(job: JobDirectory) -> None:
+    end = time.time() + 12
+    process = director(job, "sleep", "60", SLURM_JOB_END_TIME=str(end))
+    said, _ = process.communicate(timeout=50)
+    assert "still at work; not waiting" in said
+    (record,) = job.history()
+    assert record.ended is not None
+    assert record.ended < end + 30
+    assert "did not save and leave in time" in str(record.reason)
 
 
 def test_a_folder_that_the_node_does_not_see(tmp_path: Path) -> None:
