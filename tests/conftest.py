@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,9 @@ from trainer.data.synthetic import SyntheticSpec, write_corpus
 
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "data"
+
+# What nohup, by which these tests may be run, has processes ignore, and theirs after them.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # A model of a few thousand parameters: what is tested is the machinery around it.
 TINY = ["--width", "0.02", "--rnn_size", "12", "--rnn_layers", "1", "--trackers", "[]", "--train_wer_clips", "0"]

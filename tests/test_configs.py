@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, column, launch, metrics, train
+from tests.test_recipe import SHIPPED
 
-CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+CONFIGS = [path.stem for path in SHIPPED]
 TEACHERS = {
     # batch x accumulation, epochs / warm-up, rate, optimizer, decay, dropout / clip, smoothing / mixup, schedule
     "teacher_conservative": (8, 2, 150, 5, 3e-4, "adamw", 1e-4, 0.3, 1.0, 0.0, 0.0, "cosine"),
