@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import trainer.engine.engine
-import trainer.passes
+import trainer.loss
 import trainer.train
 from trainer.engine.precision import LossScale, make_loss_scale
 from trainer.exits import exit_on_input_error
@@ -29,7 +29,7 @@ def main() -> int:
         return scale
 
     trainer.engine.engine.make_loss_scale = scaled
-    objective, calls = trainer.passes.ctc_objective, [0]
+    objective, calls = trainer.loss.ctc_objective, [0]
 
     def overflowing(*args: Any) -> torch.Tensor:
         calls[0] += 1
@@ -41,7 +41,7 @@ def main() -> int:
             loss = loss * float("nan")
         return loss
 
-    trainer.passes.ctc_objective = overflowing
+    trainer.loss.ctc_objective = overflowing
     return trainer.train.main()
 
 

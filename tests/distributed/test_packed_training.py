@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -90,7 +91,11 @@ def test_evaluation_on_shards_counts_what_it_counts_on_files(
         flags = ["--checkpoint", str(from_folder), "--split", "test", "--data_dir", str(data_dir)]
         launch(world_size, "trainer.evaluate", [*flags, "--output_dir", str(tmp_path / name)])
         reports[name] = [(tmp_path / name / f"test.{kind}").read_text() for kind in ("json", "ctm", "stm")]
-    assert reports["files"] == reports["shards"]
+    losses = [json.loads(report[0]).pop("loss") for report in reports.values()]
+    # Two ranks lay clips into other cells than one, and a kernel may round otherwise; what is counted is the same.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    counted = [(json.loads(report[0]) | {"loss": None}, *report[1:]) for report in reports.values()]
+    assert counted[0] == counted[1]
 
 
 def test_a_damaged_record_ends_the_run_by_name_with_exit_code_2(float32: Path, tmp_path: Path) -> None:
