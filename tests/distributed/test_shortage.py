@@ -179,4 +179,6 @@ def test_a_real_limit_of_the_address_space_is_survived(corpus: Path, undisturbed
     said = run("replicated", 1, corpus, limited, *RECIPE, *flags, module=worker, extra={"ROOM_MB": "80"}).stdout
     assert "cells were halved" in said
     assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
-    np.testing.assert_allclose(column(limited, "train/loss"), column(free, "train/loss"), rtol=1e-5)
+    # Adam's first steps divide by gradients that are nearly nothing, so that another order of summation shows early in
+    # a wide model; on some processors by 2e-5 after three steps. test_same_curve.py holds small ones to 1e-5 for 30.
+    np.testing.assert_allclose(column(limited, "train/loss"), column(free, "train/loss"), rtol=1e-4)
