@@ -183,6 +183,7 @@ def test_a_stage_that_starts_too_early_says_so(pipeline: StubPipeline) -> None:
     pipeline.add("student", "teacher")
     pipeline.submit()
     child = pipeline.number("student")
+    pipeline.cluster.wait_until(lambda: pipeline.job("teacher").history(), "the teacher has begun")
     # As if SLURM believed that the teacher had succeeded.
     pipeline.cluster.run("scontrol", "update", f"JobId={child}", "Dependency=")
     end = pipeline.cluster.wait_for_state(child, "FAILED")
