@@ -76,7 +76,7 @@ def test_network_cut_between_the_nodes_of_a_job(cluster: Cluster, tmp_path: Path
         cluster.release(job.job_id)
         job.wait_for_step(2)
         # The old ranks are still there, and come back into the network beside the new ones.
-        assert "tests.cluster.stub" in cluster.exec_on(cut, "ps", "ax")
+        assert "tests.cluster.stub" in cluster.exec_on(cut, "ps", "axww")
         cluster.heal_node(cut)
         job.finish()
         job.check_complete()
