@@ -60,11 +60,6 @@ def understand(command: Sequence[str], *, run: Path | None = None) -> Command:
     return _understand_train(rest) if name == "train" else _understand_options(name, rest)
 
 
-def run_folder(command: Sequence[str]) -> Path:
-    """Return the folder whose job directory a command gets."""
-    return understand(command).run
-
-
 def _understand_module(rest: Sequence[str], run: Path | None) -> Command:
     if not rest:
         raise InputError("-m: name the module that every rank shall run")
