@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import time
 from pathlib import Path
 
 import numpy as np
@@ -178,15 +177,3 @@ def test_thousands_of_ranks_are_balanced_too(sequential: bool) -> None:
     allotment = allot(costs, world_size=4096, budget=10**6, sequential=costs // 4 if sequential else None)
     assert allotment.imbalance <= 1.01
     assert np.array_equal(np.sort(allotment.clips), np.arange(len(costs)))
-
-
-def test_sharing_costs_no_time_that_matters() -> None:
-    costs = slot_frames(draw_phoenix_lengths(8 * 64, seed=1)[0], STRIDE)
-    best = min(_seconds(costs) for _ in range(3))
-    assert best < 0.2
-
-
-def _seconds(costs: np.ndarray) -> float:
-    started = time.perf_counter()
-    allot(costs, world_size=64, budget=2400)
-    return time.perf_counter() - started
