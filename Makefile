@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 # A test waits more than it computes (processes start, ranks meet): three at once keep two cores busy.
 TEST_PROCESSES ?= 3
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 LAUNCH := OMP_NUM_THREADS=1 $(BIN)/accelerate launch --config_file accelerate_configs/multi_cpu.yaml
 
 SHELL_FILES := .ci/run tests/cluster/mini_slurm.sh

@@ -22,6 +22,15 @@ REAL = ROOT.parent / "shared" / "data"
 # What nohup, by which these tests may be run, has processes ignore, and theirs after them.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+# Folders and names of the tests that take longest: real processes, a real cluster, benchmarks.
+_LONG = ("distributed", "cluster", "benchmark")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let files that take minutes begin first, so that no worker is left with one when the others are done."""
+    items.sort(key=lambda item: not any(name in str(item.path.relative_to(ROOT)) for name in _LONG))
+
+
 # A model of a few thousand parameters: what is tested is the machinery around it.
 TINY = ["--width", "0.02", "--rnn_size", "12", "--rnn_layers", "1", "--trackers", "[]", "--train_wer_clips", "0"]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.conftest import TINY, launch
 from trainer.checkpoint.content import RunState
 from trainer.data.plan import Plan
 from trainer.loop import TrainingRun
 from trainer.models.teacher import FeatureTeacher
-from trainer.optimization import learning_rate, make_optimizer
+from trainer.optimization import learning_rate, make_optimizer, step
 from trainer.recipe import BatchRecipe, OptimizationRecipe, Recipe, RunRecipe
 
 DECAYING = ["cosine", "cosine_with_restarts", "onecycle"]
@@ -205,3 +208,34 @@ def test_adamw_decays_weights_apart_from_the_gradient_and_adam_through_it(kind: 
     # Without a gradient AdamW shrinks by lr * decay; Adam normalises the decay away and moves by lr.
     expected = 1.0 - 0.01 * (0.1 if decoupled else 1.0)
     torch.testing.assert_close(layer.weight, torch.full((2, 2), expected))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adam", "sgd"])
+def test_a_plain_step_is_torchs_own(kind: str, teacher: FeatureTeacher) -> None:
+    ours, torchs = teacher, copy.deepcopy(teacher)
+    for model in (ours, torchs):
+        optimizer = make_optimizer(model, OptimizationRecipe(optimizer=cast(Any, kind), learning_rate=0.01))
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            if model is ours:
+                step(optimizer)
+            else:
+                optimizer.step()
+    for (name, one), other in zip(ours.named_parameters(), torchs.parameters(), strict=True):
+        assert torch.equal(one, other), name
+        assert one.requires_grad
+
+
+def test_training_does_not_load_a_compiler_that_it_does_not_use(corpus: Path, tmp_path: Path) -> None:
+    done = launch(
+        1,
+        str(Path(__file__).with_name("loaded_modules.py")),
+        ["--data_dir", str(corpus), "--output_dir", str(tmp_path / "run"), *TINY, "--max_steps", "2"],
+    )
+    loaded = done.stdout.splitlines()[-1].split()
+    assert "torch.optim" in loaded
+    # A thousand modules, with those they import: half of the time that a process needs to its first step.
+    assert "torch._dynamo" not in loaded
+    assert "sympy" not in loaded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import torch
@@ -12,6 +13,7 @@ from trainer.recipe import OptimizationRecipe
 
 def make_optimizer(model: nn.Module, recipe: OptimizationRecipe) -> torch.optim.Optimizer:
     """Build the optimizer; weight decay falls on weight matrices, not on biases and normalisation."""
+    _leave_the_compiler_out()
     groups = [
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": recipe.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
@@ -21,6 +23,28 @@ def make_optimizer(model: nn.Module, recipe: OptimizationRecipe) -> torch.optim.
         return torch.optim.SGD(groups, lr=rate, momentum=betas[0], fused=recipe.fused_optimizer or None)
     kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
     return kind(groups, lr=rate, betas=betas, fused=recipe.fused_optimizer or None)
+
+
+def step(optimizer: torch.optim.Optimizer) -> None:
+    """Take the optimizer's step as it is written, without hooks.
+
+    torch wraps it in a break for graphs that are being traced, and the break imports torch's compiler.
+    """
+    with torch.no_grad():
+        inspect.unwrap(type(optimizer).step)(optimizer)
+
+
+def _leave_the_compiler_out() -> None:
+    """Keep the optimizer from importing torch's compiler, a third of the time that a rank needs to start.
+
+    torch marks these methods as not to be traced, and the mark imports `torch._dynamo` at their first call
+    (`torch/_compile.py`; it looks for what it has found before under this attribute). Only blocks of the model are
+    ever compiled here, so the plain methods will do. Where torch keeps the mark otherwise, it imports as before.
+    """
+    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
+        plain = getattr(getattr(torch.optim.Optimizer, name), "__wrapped__", None)
+        if plain is not None and not hasattr(plain, "__dynamo_disable"):
+            plain.__dynamo_disable = plain
 
 
 def learning_rate(epochs_done: float, *, total_epochs: float, peak: float, recipe: OptimizationRecipe) -> float:
