@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -121,17 +122,17 @@ def _run_plainly(argv: Sequence[str]) -> int:
         processes.append(
             subprocess.Popen([sys.executable, "-u", "-m", module, *arguments], env=environment, start_new_session=True)
         )
-    codes: list[int] = []
-    waiting = {process.pid: process for process in processes}
+    waiting = list(processes)
     while waiting:
-        pid, status = os.wait()
-        if pid not in waiting:
-            continue
-        waiting.pop(pid).returncode = code = os.waitstatus_to_exitcode(status)
-        codes.append(code)
-        if code and waiting:
-            for process in waiting.values():
+        # Asked one by one: os.wait() misses those that a signal passed on, or sent here, has found ended.
+        ended = [process for process in waiting if process.poll() is not None]
+        waiting = [process for process in waiting if process not in ended]
+        if any(process.returncode for process in ended):
+            for process in waiting:
                 process.terminate()
+        if not ended:
+            time.sleep(0.05)
+    codes = [process.returncode for process in processes]
     return EXIT_INPUT_ERROR if EXIT_INPUT_ERROR in codes else int(any(codes))
 
 
