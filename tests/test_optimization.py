@@ -20,7 +20,7 @@ from trainer.checkpoint.content import RunState
 from trainer.data.plan import Plan
 from trainer.loop import TrainingRun
 from trainer.models.teacher import FeatureTeacher
-from trainer.optimization import learning_rate, make_optimizer, step
+from trainer.optimization import learning_rate, make_optimizer, plain_step
 from trainer.recipe import BatchRecipe, OptimizationRecipe, Recipe, RunRecipe
 
 DECAYING = ["cosine", "cosine_with_restarts", "onecycle"]
@@ -220,7 +220,7 @@ def test_a_plain_step_is_torchs_own(kind: str, teacher: FeatureTeacher) -> None:
             for parameter in model.parameters():
                 parameter.grad = torch.randn(parameter.shape, generator=generator)
             if model is ours:
-                step(optimizer)
+                plain_step(optimizer)
             else:
                 optimizer.step()
     for (name, one), other in zip(ours.named_parameters(), torchs.parameters(), strict=True):

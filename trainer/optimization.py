@@ -25,7 +25,7 @@ def make_optimizer(model: nn.Module, recipe: OptimizationRecipe) -> torch.optim.
     return kind(groups, lr=rate, betas=betas, fused=recipe.fused_optimizer or None)
 
 
-def step(optimizer: torch.optim.Optimizer) -> None:
+def plain_step(optimizer: torch.optim.Optimizer) -> None:
     """Take the optimizer's step as it is written, without hooks.
 
     torch wraps it in a break for graphs that are being traced, and the break imports torch's compiler.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+import trainer.engine.replicated
 import trainer.train
 from trainer.engine import Engine
 from trainer.exits import exit_on_input_error
@@ -72,7 +73,7 @@ def main() -> int:
 
     CellLoader._load = short_load  # type: ignore[method-assign]
 
-    def leave_half_way(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def leave_half_way(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         try:
             run_out("update", int(os.environ["RANK"]), 1)
         except torch.OutOfMemoryError:
@@ -82,6 +83,13 @@ def main() -> int:
                         parameter.mul_(1.5)
             raise
 
+    def short_step(optimizer: torch.optim.Optimizer) -> None:
+        plain_step(optimizer)
+        leave_half_way(optimizer)
+
+    # Data parallelism takes its step without torch's hooks.
+    plain_step = trainer.engine.replicated.plain_step
+    trainer.engine.replicated.plain_step = short_step
     register_optimizer_step_post_hook(leave_half_way)
     for kind in (ReplicatedEngine, ShardedEngine, ZeroEngine):
         patch(kind)

@@ -18,7 +18,7 @@ from trainer.engine.engine import Engine, State, Update, named_slots, to_host
 from trainer.engine.precision import PreciseModel
 from trainer.layout import TimeLayout
 from trainer.models.temporal_head import Outputs
-from trainer.optimization import make_optimizer, step
+from trainer.optimization import make_optimizer, plain_step
 from trainer.recipe import OptimizationRecipe
 
 _CHUNK_BYTES = 25 << 20
@@ -157,7 +157,7 @@ class ReplicatedEngine(Engine):
                 flat.mul_(max_norm / (norm + 1e-6))
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
-            step(self.optimizer)
+            plain_step(self.optimizer)
         self._gradients.zero()
         return Update(grad_norm=norm if applied else math.inf, applied=applied)
 
