@@ -13,7 +13,7 @@ from launch.pipeline.definition import WAYS, Definition, read_definition
 from launch.pipeline.local import run_locally
 from launch.pipeline.planning import plan_stages
 from launch.pipeline.resolving import resolve
-from launch.pipeline.slurm import find_queued, submit_pipeline
+from launch.pipeline.slurm import check_clusters, find_queued, submit_pipeline
 from launch.prepare import describe
 from trainer.errors import InputError
 from trainer.options import OptionParser
@@ -28,6 +28,9 @@ def main(argv: Sequence[str]) -> int:
     todo = [decision.ready for decision in decisions if decision.run]
     queued = find_queued(todo) if options.on == "slurm" else {}
     planned = plan_stages(definition, [ready for ready in todo if ready.name not in queued], options.on, extra)
+    plans = {name: plan for name, (plan, _) in planned.items()}
+    if options.on == "slurm":
+        check_clusters(stages, plans, queued)
     print(_table(definition, decisions, queued), flush=True)
     if options.dry_run:
         for name, (plan, launch) in planned.items():
@@ -36,7 +39,6 @@ def main(argv: Sequence[str]) -> int:
     if not todo:
         print("nothing to do: every stage is done")
         return 0
-    plans = {name: plan for name, (plan, _) in planned.items()}
     if options.on == "slurm":
         return submit_pipeline(definition, decisions, plans, queued)
     return run_locally(definition, decisions, plans)

@@ -234,6 +234,8 @@ def _resubmit(leading: Leading, decision: Decision, state: Mapping[str, str], re
             job=leading.plan.job,
             dependencies=[after],
             array=array,
+            # Of several, the one that this job waits for and is excluded from nodes of: jobs do not see another's.
+            cluster=os.environ.get("SLURM_CLUSTER_NAME") if (leading.plan.slurm or {}).get("clusters") else None,
             # In place of the script's own line, and with what earlier checks of the nodes found.
             exclude=control.with_excluded(state, decision.exclude),
         )
