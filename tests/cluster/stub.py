@@ -138,6 +138,7 @@ def _load(folder: Path) -> tuple[int, str]:
 def _save(folder: Path, step: int, weights: str, job: Job) -> None:
     """Publish, if this attempt still may: the trainer's own check decides; the test finds both noted."""
     saves = folder.parent / "saves.jsonl"
+    job.look_at_limit()
     facts = {"attempt": job.attempt, "step": step, "end_time": job.end_time}
     try:
         job.check()
