@@ -17,12 +17,13 @@ from launch.pipeline.slurm import check_clusters, find_queued, submit_pipeline
 from launch.prepare import describe
 from trainer.errors import InputError
 from trainer.options import OptionParser
+from trainer.shipped import find_shipped
 
 
 def main(argv: Sequence[str]) -> int:
     """Check the whole pipeline, then run or submit what is not done yet; return 1 where a stage failed."""
     options, extra = _parse(argv)
-    definition = read_definition(options.file)
+    definition = read_definition(find_shipped(options.file))
     stages = resolve(definition)
     decisions = decide(definition, stages, options.start)
     todo = [decision.ready for decision in decisions if decision.run]
