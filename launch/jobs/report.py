@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.jobs.again import command_again
 from launch.jobs.evidence import Evidence, gather, read_plan, read_submissions, read_tasks
-from launch.jobs.judging import ACTIVE, State, Verdict, judge
+from launch.jobs.judging import ACTIVE, State, Verdict, judge, name_run
 from launch.jobs.plain_run import judge_plain
 from launch.jobs.queue import Queue, find_parents
 from launch.jobs.traces import Progress, read_progress, tail
 from launch.jobs.words import say_duration, say_time
 from launch.slurm.squeue import QueuedJob
 from launch.slurm.states import explain_end, has_ended
+from launch.sweep.table import RECORD as SWEEP
 from trainer.errors import InputError
 from trainer.job.directory import WORDS, AttemptRecord, JobDirectory
 
@@ -136,6 +138,8 @@ def check_is_run(run: Path) -> None:
         raise InputError(f"{run}: expected the folder of a run, found {'a file' if run.exists() else 'nothing'}")
     if not is_run(run):
         hint = f"; did you mean {run.parent}?" if run.name == "job" and is_run(run.parent) else ""
+        if (run / SWEEP).is_file():
+            hint = f"; it is a sweep of runs that were started here: `signscale sweep {run}` shows them"
         raise InputError(
             f"{run}: is no run (neither job/ nor {RECIPE} in it){hint or '; `signscale jobs FOLDER` lists those below'}"
         )
@@ -159,7 +163,23 @@ def _report(evidence: Evidence, queue: Queue) -> RunReport:
         outlook=None,
         job=None,
         last_lines=(),
+        next=_next_of_array(whole.next, tasks, evidence),
     )
+
+
+def _next_of_array(whole: Sequence[str], tasks: Sequence[RunReport], evidence: Evidence) -> tuple[str, ...]:
+    """List what to type: an array as a whole has no last word, and goes on where one of its tasks is not done."""
+    table = (f"signscale sweep {name_run(evidence)}  # the runs, best first",) if _is_sweep(evidence) else ()
+    if any(task.is_active or task.state == "UNKNOWN" for task in tasks):
+        return (*whole, *table)
+    again = command_again(evidence.plan or {}, evidence.directory)
+    if again is None or all(task.state == "DONE" for task in tasks):
+        return table
+    return (f"{again}  # start those that are not done, each where it was", *table)
+
+
+def _is_sweep(evidence: Evidence) -> bool:
+    return bool((evidence.plan or {}).get("sweep"))
 
 
 def _sum_up(states: Sequence[str]) -> str:

@@ -97,7 +97,11 @@ def _submit(
         Task(run=plan.run, overrides={**task.settings, "config": str(plan.job.folder / RECIPE)})
         for task, plan in zip(tasks, plans, strict=True)
     ]
-    whole = prepare("slurm", dataclasses.replace(options, slurm=slurm), command, tasks=members)
+    whole = dataclasses.replace(
+        prepare("slurm", dataclasses.replace(options, slurm=slurm), command, tasks=members),
+        sweep=options.sweep,
+        array=options.slurm.array,
+    )
     print(describe(whole, options))
     for number in todo:
         print(f"  {number:>5}  {tasks[number].label}")
