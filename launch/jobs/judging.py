@@ -206,6 +206,10 @@ def name_run(e: Evidence) -> str:
 
 
 def _watch(e: Evidence) -> tuple[str, ...]:
+    plan = e.plan or {}
+    if plan.get("tasks") and plan.get("run") == str(e.run.absolute()):
+        # Each task of an array has a log, the whole has none.
+        return _cancel(e)
     return (f"signscale logs -f {name_run(e)}  # watch it", *_cancel(e))
 
 

@@ -115,21 +115,22 @@ def _of_tasks(plan: dict[str, Any] | None, problems: list[str]) -> list[dict[str
 
 def report_run(run: Path) -> RunReport:
     """Report on one run. Raises `InputError` where it is none, or cannot be read."""
-    array = _find_array(run)
-    if array is None:
+    whole, task = name_task(run)
+    if task is None:
         check_is_run(run)
-    reports, problems = report_runs([run if array is None else array])
+    reports, problems = report_runs([whole])
     if problems:
         raise InputError(problems)
-    return next((task for task in reports[0].tasks if array and task.run.resolve() == run.resolve()), reports[0])
+    return reports[0] if task is None else reports[0].tasks[task]
 
 
-def _find_array(run: Path) -> Path | None:
-    """Return the array that a run is a task of; None for a run of its own."""
-    if JobDirectory.of(run).plan.exists():
-        return None
+def name_task(run: Path, task: int | None = None) -> tuple[Path, int | None]:
+    """Return the array that a run is a task of, and its number there; a run of its own as it was given."""
+    if task is not None or JobDirectory.of(run).plan.exists():
+        return run, task
     tasks = (read_plan(JobDirectory.of(run.absolute().parent)) or {}).get("tasks") or []
-    return run.absolute().parent if any(Path(task["run"]).resolve() == run.resolve() for task in tasks) else None
+    numbers = [number for number, one in enumerate(tasks) if Path(one["run"]).resolve() == run.resolve()]
+    return (run.absolute().parent, numbers[0]) if numbers else (run, None)
 
 
 def check_is_run(run: Path) -> None:
@@ -170,8 +171,11 @@ def _report(evidence: Evidence, queue: Queue) -> RunReport:
 def _next_of_array(whole: Sequence[str], tasks: Sequence[RunReport], evidence: Evidence) -> tuple[str, ...]:
     """List what to type: an array as a whole has no last word, and goes on where one of its tasks is not done."""
     table = (f"signscale sweep {name_run(evidence)}  # the runs, best first",) if _is_sweep(evidence) else ()
-    if any(task.is_active or task.state == "UNKNOWN" for task in tasks):
-        return (*whole, *table)
+    active = [number for number, task in enumerate(tasks) if task.is_active]
+    if active or any(task.state == "UNKNOWN" for task in tasks):
+        number = next((number for number in active if tasks[number].state == "RUNNING"), active[0] if active else 0)
+        watch = f"signscale logs -f {name_run(evidence)} --task {number}  # watch one of them"
+        return (watch, *whole, *table)
     again = command_again(evidence.plan or {}, evidence.directory)
     if again is None or all(task.state == "DONE" for task in tasks):
         return table
