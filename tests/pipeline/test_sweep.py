@@ -143,6 +143,13 @@ def test_status_names_the_command_that_goes_on(
     assert capsys.readouterr().out.partition("next:\n")[2].split("#")[0].strip() == f"signscale sweep {out}"
 
 
+def test_the_table_is_kept_here_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("launch.local.run", lambda plan: end(plan.run, "DONE", {10: 50.0}))
+    assert run(["launch", "local", "--cpu", "--sweep", "seed=1,2", "--", "train", *TRAIN]) == 0
+    assert "2 of 2 runs are done" in (tmp_path / "out" / "sweep.txt").read_text()
+
+
 def test_a_sweep_that_was_started_here_is_no_run(tmp_path: Path) -> None:
     record(tmp_path, [(tmp_path / "a", {"seed": "1"})])
     with pytest.raises(InputError, match=f"signscale sweep {tmp_path}"):
