@@ -89,8 +89,8 @@ def _pass_on(leading: Leading, alarm: Alarm) -> Callable[[float | None], None]:
 
     def move(end_time: float | None) -> None:
         alarm.move(end_time)
-        when = "none any more" if end_time is None else f"in {end_time - time.time():.0f} s"
-        say(f"the time limit was moved; it is {when}")
+        now = "there is no time limit" if end_time is None else f"the time limit is in {end_time - time.time():.0f} s"
+        say(f"{now}, by what SLURM says now; telling the ranks")
         try:
             leading.job.move_end(leading.attempt, end_time)
         except OSError as error:

@@ -78,7 +78,7 @@ def test_a_time_limit_that_somebody_moves(shared_cluster: Cluster, tmp_path: Pat
             shared_cluster.wait_until(lambda m=minutes: ends_after(m), f"the ranks know of {minutes} minutes")  # type: ignore[misc]
         job.finish()
         job.check_complete()
-        assert job.output().count("the time limit was moved; it is in") == 2
+        assert job.output().count("by what SLURM says now; telling the ranks") == 2
 
 
 def test_warned_twice_of_the_time_limit(shared_cluster: Cluster, tmp_path: Path) -> None:

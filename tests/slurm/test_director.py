@@ -178,7 +178,7 @@ def test_a_limit_that_is_moved_moves_the_end_of_the_wait(job: JobDirectory, tmp_
     began = time.time()
     process = director(job, "sleep", "60", SLURM_JOB_END_TIME=str(began + 55), PATH=f"{tmp_path}:/usr/bin:/bin")
     said, _ = process.communicate(timeout=90)
-    assert "the time limit was moved; it is in" in said
+    assert "s, by what SLURM says now; telling the ranks" in said
     assert "still at work; not waiting" in said
     # 46 s without.
     assert time.time() - began < 35
