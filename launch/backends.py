@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.recipe import Recipe
+from trainer.shipped import SHIPPED
 
 # What needs torch is imported once the command line is known to be right.
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 MARGIN = 0.1
 """Share of a device's memory that is left free."""
-CONFIGURATIONS = Path(__file__).resolve().parents[1] / "ds_configs"
+CONFIGURATIONS = SHIPPED / "ds_configs"
 _ZERO = {
     "ZeRO-1": ("zero1", {"stage": 1}),
     "ZeRO-2": ("zero2", {"stage": 2}),

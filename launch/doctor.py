@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _HEADINGS = ("check", "value", "verdict", "mend")
 _NARROWEST, _WIDEST = 80, 200
+_NOT_HERE = ("array", "requeue", "preflight")
+"""Options of a batch job that an examination, one job that is looked at once, has no use for."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -96,12 +98,14 @@ def _job_folder(options: argparse.Namespace, recipe: Recipe | None) -> Path:
 
 
 def _examination(options: argparse.Namespace, words: Sequence[str], recipe: Recipe | None) -> Options:
+    from launch.prepare import find_accelerate_config
+
     run = Path(recipe.run.output_dir) if recipe else Path.cwd()
     return Options(
         run=str(run.absolute()),
         token=secrets.token_hex(16),
         ranks_per_node=options.processes or 0,
-        accelerate_config=str(options.accelerate_config.absolute()) if options.accelerate_config else "",
+        accelerate_config=str(find_accelerate_config(options.accelerate_config)) if options.accelerate_config else "",
         cpu=options.cpu,
         recipe=tuple(words) if recipe else None,
         patience=options.patience,
@@ -135,14 +139,15 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Recipe |
     add("--json", action="store_true", help="print one JSON document in place of the table")
     add("--processes", type=positive_count, metavar="N", help="ranks (default: one a device, one on a CPU)")
     add("--cpu", action="store_true", help="keep to the CPU where there are devices")
-    add("--accelerate_config", type=Path, metavar="YAML", help="launch configuration of the ranks (default: what fits)")
+    add("--accelerate_config", metavar="YAML", help="launch configuration of the ranks (default: what fits)")
     add("--report", type=Path, metavar="DIR", help="new folder that keeps all findings and the ranks' output")
     add("--patience", type=positive_number, default=60.0, metavar="S", help="seconds nodes wait for each other (60)")
     add("--limit", type=positive_number, default=1800.0, metavar="S", help="seconds the ranks may take (1800)")
     from launch.jobs.fields import add_flags
     from launch.slurm.options import SlurmOptions
 
-    add_flags(parser, SlurmOptions, "with --on slurm, the batch job (as sbatch's options of the same names)")
+    title = "with --on slurm, the batch job (as sbatch's options of the same names)"
+    add_flags(parser, SlurmOptions, title, without=_NOT_HERE)
     add("--profile", help="with --on slurm: options of a cluster, as in `signscale launch slurm`")
     # Imported here: it takes half a second that no other command needs.
     from trainer.parsing import parse_recipe
@@ -165,6 +170,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Recipe |
 
 
 def _option_problems(options: argparse.Namespace) -> list[str]:
+    from launch.prepare import find_accelerate_config
     from launch.slurm.options import FIELDS
 
     problems = []
@@ -173,8 +179,11 @@ def _option_problems(options: argparse.Namespace) -> list[str]:
         problems += [f"--{name}: is for a batch job; add --on slurm, or drop it" for name in given]
     elif options.processes:
         problems.append("--processes: is for --on local; name --gpus_per_node or --ranks_per_node")
-    if options.accelerate_config and not options.accelerate_config.is_file():
-        problems.append(f"--accelerate_config: {options.accelerate_config}: no such file; see accelerate_configs/")
+    if options.accelerate_config:
+        try:
+            find_accelerate_config(options.accelerate_config)
+        except InputError as error:
+            problems += error.problems
     return problems
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from launch.jobs.queue import Queue
 from launch.prepare import prepare, write
 from launch.slurm.asking import SlurmSilentError, on_cluster, run_tool
 from launch.slurm.environment import clean
+from launch.slurm.needs import newest_cluster
 from launch.slurm.options import SlurmOptions
 from trainer.doctor.finding import Finding, shorten
 from trainer.doctor.node import FINDINGS, Options
@@ -62,7 +64,7 @@ def examine_on_slurm(folder: Path, asked: Options, slurm: SlurmOptions) -> dict[
         shutil.rmtree(folder)
         raise
     say(f"queued as job {job_id} on {slurm.nodes} node(s), waiting for it; its output: {plan.job.logs}")
-    with _cancelling(job_id):
+    with _cancelling(job_id, newest_cluster(plan.job)):
         given_up = _wait(plan.job, report / FINDINGS)
     if given_up is not None:
         value = _give_up(plan.job, given_up)
@@ -131,13 +133,14 @@ def _give_up(job: JobDirectory, why: str) -> str:
     """Cancel the job, which may wait or run all the same; say what is known of it."""
     newest = read_submissions(job)[-1]
     job_id = newest["job_id"]
+    command = ["scancel", *on_cluster(newest.get("cluster")), job_id]
     try:
-        run_tool("scancel", *on_cluster(newest.get("cluster")), job_id)
+        run_tool(*command)
         left = ""
     except SlurmSilentError as error:
         # One that is gone is meant to be: SLURM has forgotten its number.
         gone = "Invalid job id" in str(error)
-        left = "" if gone else f"; it may still be queued ({error}): scancel {job_id}"
+        left = "" if gone else f"; it may still be queued ({error}): {shlex.join(command)}"
     word = job.last_word()
     if word is not None:
         return shorten(f"job {job_id} left {word.word} and no findings: {word.reason}{left}")
@@ -147,7 +150,7 @@ def _give_up(job: JobDirectory, why: str) -> str:
 
 
 @contextlib.contextmanager
-def _cancelling(job_id: str) -> Iterator[None]:
+def _cancelling(job_id: str, cluster: str | None) -> Iterator[None]:
     """Cancel the job where whoever waits for it is told to stop."""
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
@@ -158,7 +161,7 @@ def _cancelling(job_id: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         say(f"cancelling job {job_id}")
-        subprocess.run(["scancel", job_id], env=clean(os.environ), check=False)
+        subprocess.run(["scancel", *on_cluster(cluster), job_id], env=clean(os.environ), check=False)
         raise
     finally:
         signal.signal(signal.SIGTERM, before)

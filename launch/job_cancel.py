@@ -11,7 +11,7 @@ from pathlib import Path
 
 from launch.jobs.ending import cancel
 from launch.jobs.evidence import check_task, read_plan
-from launch.jobs.report import check_is_run, has_job, report_run
+from launch.jobs.report import check_is_run, has_job, name_task, report_run
 from trainer.errors import InputError
 from trainer.exits import exit_on_input_error
 from trainer.job.directory import JobDirectory
@@ -23,6 +23,8 @@ _INTERRUPTED = 130
 def main(argv: Sequence[str]) -> int:
     """Cancel; return 1 where something could not be ended."""
     options = _parse(argv)
+    typed = options.run
+    options.run, options.task = name_task(options.run, options.task)
     _check(options)
     try:
         outcome = cancel(
@@ -38,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
         return _INTERRUPTED
     for line in outcome.lines:
         print(line, file=sys.stderr if outcome.code else sys.stdout)
-    report = report_run(options.run)
+    report = report_run(typed)
     print(f"{report.state}: {report.why}")
     for command in report.next[:1]:
         print(f"  {command}")

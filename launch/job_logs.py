@@ -12,7 +12,7 @@ from launch.jobs.evidence import check_task, read_plan
 from launch.jobs.following import Printer, follow
 from launch.jobs.judging import ACTIVE
 from launch.jobs.logs import find_attempt, find_outputs, find_sources
-from launch.jobs.report import RunReport, check_is_run, has_job, report_run
+from launch.jobs.report import RunReport, check_is_run, has_job, name_task, report_run
 from trainer.errors import InputError
 from trainer.exits import exit_on_input_error
 from trainer.job.directory import JobDirectory
@@ -25,6 +25,7 @@ _WORKING = ("RUNNING", "STOPPING")
 def main(argv: Sequence[str]) -> int:
     """Print or follow; Ctrl-C and a closed pipe end it without a word."""
     options = _parse(argv)
+    options.run, options.task = name_task(options.run, options.task)
     try:
         return _follow(options) if options.follow else _print(options)
     except KeyboardInterrupt:

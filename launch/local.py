@@ -22,6 +22,7 @@ from launch.jobs.terminal import Terminal
 from trainer.errors import InputError
 from trainer.exits import EXIT_INPUT_ERROR
 from trainer.job.directory import ATTEMPT, JOB, TOKEN, AttemptRecord, JobDirectory
+from trainer.shipped import SHIPPED
 
 _REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SECONDS_TO_SAVE = 3600
@@ -145,8 +146,8 @@ def _zero_flags(config: Path) -> Iterator[str]:
     """Name DeepSpeed's own file absolutely where the configuration names it relative to the code."""
     content = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
     named = (content.get("deepspeed_config") or {}).get("deepspeed_config_file")
-    if named and not Path(named).exists() and (ROOT / named).exists():
-        yield from ("--deepspeed_config_file", str(ROOT / named))
+    if named and not Path(named).exists() and (SHIPPED / named).exists():
+        yield from ("--deepspeed_config_file", str(SHIPPED / named))
 
 
 class _Requests:

@@ -16,11 +16,12 @@ from launch.jobs.live import check_not_live
 from launch.jobs.options import LaunchOptions
 from launch.jobs.place import understand
 from launch.jobs.plan import MULTI_NODE, Plan, Task, Way, unique_name
-from launch.jobs.snapshot import ROOT, describe_code, list_files, list_keys, take_snapshot
+from launch.jobs.snapshot import describe_code, list_files, list_keys, take_snapshot
 from launch.slurm.options import has_control_characters
 from launch.slurm.paths import settle_paths
 from trainer.errors import InputError, name_some
 from trainer.files import write_text
+from trainer.shipped import SHIPPED
 
 RECIPE = "recipe.yaml"
 """In RUN/job: the recipe as it was resolved at the launch, which is what the ranks read."""
@@ -162,9 +163,9 @@ def _resolve_slurm(plan: Plan, options: LaunchOptions) -> Plan:
     if options.common.accelerate_config:
         # A name or path of this machine; the copy of the code has it too where it is part of the code.
         found = find_accelerate_config(options.common.accelerate_config)
-        config = str(found.relative_to(ROOT)) if found.is_relative_to(ROOT) else str(found)
-    elif not (ROOT / MULTI_NODE).exists():
-        raise InputError(f"{ROOT / MULTI_NODE}: is missing; name a configuration with --accelerate_config PATH")
+        config = str(found.relative_to(SHIPPED)) if found.is_relative_to(SHIPPED) else str(found)
+    elif not (SHIPPED / MULTI_NODE).exists():
+        raise InputError(f"{SHIPPED / MULTI_NODE}: is missing; name a configuration with --accelerate_config PATH")
     interpreter = slurm.interpreter or (f"{slurm.venv}/bin/python" if slurm.venv else plan.interpreter)
     if "\\" in str(plan.run):
         raise InputError(f"{plan.run}: sbatch reads a backslash in the name of its output file as its own; rename it")
@@ -187,7 +188,7 @@ def _resolve_slurm(plan: Plan, options: LaunchOptions) -> Plan:
 
 def find_accelerate_config(name: str) -> Path:
     """Find a configuration of accelerate by name or path."""
-    folder = ROOT / "accelerate_configs"
+    folder = SHIPPED / "accelerate_configs"
     for path in (Path(name), folder / name, folder / f"{name}.yaml"):
         if path.is_file():
             return path.absolute()

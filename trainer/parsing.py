@@ -14,6 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from trainer.errors import InputError
 from trainer.recipe import GROUPS, Recipe, combination_problems
+from trainer.shipped import find_shipped
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -81,7 +82,11 @@ def field_names() -> list[str]:
 
 def _make_parser(prog: str) -> ArgumentParser:
     parser = ArgumentParser(prog=prog, exit_on_error=False, description="Train a sign-language recognition model.")
-    parser.add_argument("--config", type=str, help="YAML recipe; may be given again, the later file wins.")
+    parser.add_argument(
+        "--config",
+        type=str,
+        help="YAML recipe, yours or one of ours (configs/…); may be given again.",
+    )
     parser.add_argument("--print_config", action="store_true", help="Print the resolved recipe and exit.")
     for kind in GROUPS.values():
         parser.add_class_arguments(kind, None)
@@ -127,7 +132,7 @@ def _split_flags(argv: Sequence[str], problems: list[str]) -> Iterator[tuple[str
 
 
 def _read_yaml(name: Any, problems: list[str]) -> dict[Any, Any]:
-    path = Path(str(name))
+    path = find_shipped(str(name))
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -29,6 +29,7 @@ class StopRequest:
         """Tell whether to stop. Raises `TrainingFailedError` if another attempt has taken the run over."""
         if self._signal is None and self._asked is None and self._leads:
             asked = self._job.stop_reason()
+            self.time.move(self._job.end_time)
             self._asked = self.time.reason() if asked is None else f"on request ({asked})"
         return self._signal is not None or self._asked is not None
 

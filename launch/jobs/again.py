@@ -27,7 +27,7 @@ def command_again(plan: dict[str, Any], directory: JobDirectory) -> str | None:
         on = " --on slurm" if plan.get("way") == "slurm" else ""
         return f"signscale pipeline {shlex.quote(stage.pipeline)}{on}"
     command = plan.get("command")
-    if not command or plan.get("tasks"):
+    if not command or (plan.get("tasks") and not plan.get("sweep")):
         return None
     words = ["signscale", "launch", str(plan.get("way")), *_options(plan), "--", *map(str, command)]
     return shlex.join(words)
@@ -57,8 +57,13 @@ def _options(plan: dict[str, Any]) -> Iterator[str]:
             yield from _flag(field.name, plan.get(field.name, field.default), field.default)
     if plan.get("way") == "local" and int(plan.get("ranks_per_node") or 1) > 1:
         yield f"--processes={plan['ranks_per_node']}"
+    given = dict(plan.get("slurm") or {})
+    if plan.get("sweep"):
+        # The numbers of those that were left are not those that are left now.
+        given["array"] = plan.get("array", "")
+        yield from _flag("sweep", plan["sweep"], ())
     for one in dataclasses.fields(SlurmOptions):
-        yield from _flag(one.name, (plan.get("slurm") or {}).get(one.name, one.default), one.default)
+        yield from _flag(one.name, given.get(one.name, one.default), one.default)
 
 
 def _flag(name: str, value: Any, default: Any) -> Iterator[str]:

@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import inspect
 import typing
+from collections.abc import Container
 from typing import Any
 
 
@@ -22,12 +23,14 @@ def field_help(kind: type[Any]) -> dict[str, str]:
     return found
 
 
-def add_flags(parser: argparse.ArgumentParser, kind: type[Any], title: str) -> None:
-    """Add a flag for each field; flags that are not given are absent from the namespace."""
+def add_flags(parser: argparse.ArgumentParser, kind: type[Any], title: str, *, without: Container[str] = ()) -> None:
+    """Add a flag for each field but those named; flags that are not given are absent from the namespace."""
     group = parser.add_argument_group(title)
     types = typing.get_type_hints(kind)
     texts = field_help(kind)
     for field in dataclasses.fields(kind):
+        if field.name in without:
+            continue
         settings: dict[str, Any] = {"default": argparse.SUPPRESS, "help": texts[field.name]}
         if isinstance(field.default, bool):
             action = "store_false" if field.default else "store_true"

@@ -10,6 +10,7 @@ from typing import Literal
 from launch.jobs.again import command_again
 from launch.jobs.evidence import Evidence
 from launch.jobs.words import say_ago, say_duration, say_time
+from launch.slurm.asking import on_cluster
 from launch.slurm.squeue import QueuedJob
 from launch.slurm.states import explain_end, explain_wait, has_ended, is_held, is_waiting
 from trainer.job.directory import AttemptRecord
@@ -92,7 +93,8 @@ def _judge_live(e: Evidence, job: QueuedJob, blame: Callable[[QueuedJob], str | 
     if job.start is not None and job.start > e.now:
         start = f"; starts about {say_time(job.start, e.now)} (in {say_duration(job.start - e.now)}), as SLURM sees it"
     if is_held(job):
-        release = f"scontrol release {job.job_id}  # let it go on"
+        cluster = next((line.get("cluster") for line in e.submissions if line["job_id"] == job.base), None)
+        release = f"{shlex.join(['scontrol', *on_cluster(cluster), 'release', job.job_id])}  # let it go on"
         return Verdict(state="HELD", why=f"job {job.job_id}: {wait}", next=(release, *_cancel(e)), job=job)
     if e.attempts:
         left = f"; attempt {e.attempts[-1].attempt} {_say_end(e.attempts[-1])}"
@@ -204,6 +206,10 @@ def name_run(e: Evidence) -> str:
 
 
 def _watch(e: Evidence) -> tuple[str, ...]:
+    plan = e.plan or {}
+    if plan.get("tasks") and plan.get("run") == str(e.run.absolute()):
+        # Each task of an array has a log, the whole has none.
+        return _cancel(e)
     return (f"signscale logs -f {name_run(e)}  # watch it", *_cancel(e))
 
 

@@ -28,9 +28,9 @@ class CommonOptions:
     launcher: Literal["accelerate", "plain"] = "accelerate"
     """plain: processes with RANK and WORLD_SIZE and nothing else, for a module without torch."""
     max_attempts_without_progress: int = 3
-    """Attempts in a row that saved no new step, after which the job is given up."""
+    """Of a batch job: attempts in a row that saved no new step, after which it is given up."""
     meeting_seconds: int = 120
-    """How long the nodes of an attempt wait for one another at its start."""
+    """Of a batch job: how long the nodes of an attempt wait for one another at its start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,8 @@ def make_parser(way: Way) -> OptionParser:
         usage=f"signscale launch {way} [options] -- COMMAND [its options]",
         description="COMMAND is train, evaluate, extract, or -m MODULE. Dashes in option names may be typed for _.",
     )
-    parser.add_argument("--dry_run", action="store_true", help="print the plan and the job script; start nothing")
+    script = " and the job script" if way == "slurm" else ""
+    parser.add_argument("--dry_run", action="store_true", help=f"print the plan{script}; start nothing")
     if way != "debug":
         parser.add_argument(
             "--sweep",

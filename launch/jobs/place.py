@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.errors import InputError
+from trainer.shipped import find_shipped
 
 RECIPE_PATHS = (
     "data_dir",
@@ -77,7 +78,7 @@ def _understand_train(rest: Sequence[str]) -> Command:
         recipe[key] = make_absolute(str(recipe[key]))
     if recipe["resume"] not in ("", "auto"):
         recipe["resume"] = make_absolute(str(recipe["resume"]))
-    words = ("train", *_absolute_words(rest, {*RECIPE_PATHS, "config", "resume"}))
+    words = ("train", *_absolute_words(rest, {*RECIPE_PATHS, "resume"}))
     return Command(
         words=words, module=MODULES["train"], arguments=words[1:], run=Path(str(recipe["output_dir"])), recipe=recipe
     )
@@ -111,11 +112,15 @@ def _absolute_words(words: Sequence[str], paths: set[str]) -> list[str]:
     for word in words:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
-            convert = _path_or_auto if name in paths else str
+            convert = _recipe_file if name == "config" else _path_or_auto if name in paths else str
             made.append(f"--{name}={convert(value)}" if equals else word)
         else:
             made.append(convert(word))
     return made
+
+
+def _recipe_file(value: str) -> str:
+    return make_absolute(str(find_shipped(value)))
 
 
 def _path_or_auto(value: str) -> str:

@@ -80,6 +80,10 @@ class Plan:
     """Every option of the batch job, by name."""
     tasks: tuple[Task, ...] | None = None
     """Of a job array, by their number."""
+    sweep: tuple[str, ...] = ()
+    """Of a sweep, KEY=VALUE,VALUE each, as typed."""
+    array: str = ""
+    """Of a sweep, --array as typed; `slurm` has what it came to."""
     recipe: dict[str, Any] | None = None
     """Of `train`: the resolved recipe, flat, which RUN/job/recipe.yaml gives to the ranks."""
 
@@ -125,6 +129,8 @@ class Plan:
                 run=Path(content.pop("run")),
                 command=tuple(content.pop("command")),
                 arguments=tuple(content.pop("arguments")),
+                # Older plans have none.
+                sweep=tuple(content.pop("sweep", ())),
                 snapshot=Path(snapshot) if (snapshot := content.pop("snapshot")) else None,
                 code=Code(**content.pop("code")),
                 tasks=None

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.jobs.again import command_again
 from launch.jobs.evidence import Evidence, gather, read_plan, read_submissions, read_tasks
-from launch.jobs.judging import ACTIVE, State, Verdict, judge
+from launch.jobs.judging import ACTIVE, State, Verdict, judge, name_run
 from launch.jobs.plain_run import judge_plain
 from launch.jobs.queue import Queue, find_parents
 from launch.jobs.traces import Progress, read_progress, tail
 from launch.jobs.words import say_duration, say_time
 from launch.slurm.squeue import QueuedJob
 from launch.slurm.states import explain_end, has_ended
+from launch.sweep.table import RECORD as SWEEP
 from trainer.errors import InputError
 from trainer.job.directory import WORDS, AttemptRecord, JobDirectory
 
@@ -113,21 +115,22 @@ def _of_tasks(plan: dict[str, Any] | None, problems: list[str]) -> list[dict[str
 
 def report_run(run: Path) -> RunReport:
     """Report on one run. Raises `InputError` where it is none, or cannot be read."""
-    array = _find_array(run)
-    if array is None:
+    whole, task = name_task(run)
+    if task is None:
         check_is_run(run)
-    reports, problems = report_runs([run if array is None else array])
+    reports, problems = report_runs([whole])
     if problems:
         raise InputError(problems)
-    return next((task for task in reports[0].tasks if array and task.run.resolve() == run.resolve()), reports[0])
+    return reports[0] if task is None else reports[0].tasks[task]
 
 
-def _find_array(run: Path) -> Path | None:
-    """Return the array that a run is a task of; None for a run of its own."""
-    if JobDirectory.of(run).plan.exists():
-        return None
+def name_task(run: Path, task: int | None = None) -> tuple[Path, int | None]:
+    """Return the array that a run is a task of, and its number there; a run of its own as it was given."""
+    if task is not None or JobDirectory.of(run).plan.exists():
+        return run, task
     tasks = (read_plan(JobDirectory.of(run.absolute().parent)) or {}).get("tasks") or []
-    return run.absolute().parent if any(Path(task["run"]).resolve() == run.resolve() for task in tasks) else None
+    numbers = [number for number, one in enumerate(tasks) if Path(one["run"]).resolve() == run.resolve()]
+    return (run.absolute().parent, numbers[0]) if numbers else (run, None)
 
 
 def check_is_run(run: Path) -> None:
@@ -136,6 +139,8 @@ def check_is_run(run: Path) -> None:
         raise InputError(f"{run}: expected the folder of a run, found {'a file' if run.exists() else 'nothing'}")
     if not is_run(run):
         hint = f"; did you mean {run.parent}?" if run.name == "job" and is_run(run.parent) else ""
+        if (run / SWEEP).is_file():
+            hint = f"; it is a sweep of runs that were started here: `signscale sweep {run}` shows them"
         raise InputError(
             f"{run}: is no run (neither job/ nor {RECIPE} in it){hint or '; `signscale jobs FOLDER` lists those below'}"
         )
@@ -159,7 +164,26 @@ def _report(evidence: Evidence, queue: Queue) -> RunReport:
         outlook=None,
         job=None,
         last_lines=(),
+        next=_next_of_array(whole.next, tasks, evidence),
     )
+
+
+def _next_of_array(whole: Sequence[str], tasks: Sequence[RunReport], evidence: Evidence) -> tuple[str, ...]:
+    """List what to type: an array as a whole has no last word, and goes on where one of its tasks is not done."""
+    table = (f"signscale sweep {name_run(evidence)}  # the runs, best first",) if _is_sweep(evidence) else ()
+    active = [number for number, task in enumerate(tasks) if task.is_active]
+    if active or any(task.state == "UNKNOWN" for task in tasks):
+        number = next((number for number in active if tasks[number].state == "RUNNING"), active[0] if active else 0)
+        watch = f"signscale logs -f {name_run(evidence)} --task {number}  # watch one of them"
+        return (watch, *whole, *table)
+    again = command_again(evidence.plan or {}, evidence.directory)
+    if again is None or all(task.state == "DONE" for task in tasks):
+        return table
+    return (f"{again}  # start those that are not done, each where it was", *table)
+
+
+def _is_sweep(evidence: Evidence) -> bool:
+    return bool((evidence.plan or {}).get("sweep"))
 
 
 def _sum_up(states: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from launch.jobs.plan import Code
 from trainer.errors import InputError
 from trainer.files import write_json
+from trainer.shipped import INSIDE
 
 ROOT = Path(__file__).resolve().parents[2]
 """Folder that the packages lie in."""
@@ -76,12 +77,14 @@ def take_snapshot(target: Path, root: Path = ROOT) -> Code:
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     for path in list_files(root):
-        (fresh / path).parent.mkdir(parents=True, exist_ok=True)
         source = root / path
+        # Of an installation too a copy looks like a checkout: the job names configurations relative to it.
+        copy = fresh / (path.relative_to(INSIDE) if path.is_relative_to(INSIDE) else path)
+        copy.parent.mkdir(parents=True, exist_ok=True)
         if source.is_symlink() and not source.resolve().is_relative_to(root):
-            (fresh / path).symlink_to(source.resolve())
+            copy.symlink_to(source.resolve())
         else:
-            shutil.copy2(source, fresh / path, follow_symlinks=False)
+            shutil.copy2(source, copy, follow_symlinks=False)
     if code.commit:
         plain = ("--no-color", "--no-ext-diff", "--no-textconv")
         (fresh / DIFFERENCE).write_bytes(_git_bytes(root, "diff", "--binary", *plain, "HEAD"))

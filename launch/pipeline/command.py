@@ -13,21 +13,25 @@ from launch.pipeline.definition import WAYS, Definition, read_definition
 from launch.pipeline.local import run_locally
 from launch.pipeline.planning import plan_stages
 from launch.pipeline.resolving import resolve
-from launch.pipeline.slurm import find_queued, submit_pipeline
+from launch.pipeline.slurm import check_clusters, find_queued, submit_pipeline
 from launch.prepare import describe
 from trainer.errors import InputError
 from trainer.options import OptionParser
+from trainer.shipped import find_shipped
 
 
 def main(argv: Sequence[str]) -> int:
     """Check the whole pipeline, then run or submit what is not done yet; return 1 where a stage failed."""
     options, extra = _parse(argv)
-    definition = read_definition(options.file)
+    definition = read_definition(find_shipped(options.file))
     stages = resolve(definition)
     decisions = decide(definition, stages, options.start)
     todo = [decision.ready for decision in decisions if decision.run]
     queued = find_queued(todo) if options.on == "slurm" else {}
     planned = plan_stages(definition, [ready for ready in todo if ready.name not in queued], options.on, extra)
+    plans = {name: plan for name, (plan, _) in planned.items()}
+    if options.on == "slurm":
+        check_clusters(stages, plans, queued)
     print(_table(definition, decisions, queued), flush=True)
     if options.dry_run:
         for name, (plan, launch) in planned.items():
@@ -36,7 +40,6 @@ def main(argv: Sequence[str]) -> int:
     if not todo:
         print("nothing to do: every stage is done")
         return 0
-    plans = {name: plan for name, (plan, _) in planned.items()}
     if options.on == "slurm":
         return submit_pipeline(definition, decisions, plans, queued)
     return run_locally(definition, decisions, plans)

@@ -167,7 +167,8 @@ def absolute_words(ready: Ready) -> tuple[str, ...]:
     found = vars(_parse(ready.stage.command, ready.words))
     values = [one for value in found.values() for one in (value if isinstance(value, list) else [value])]
     paths = {str(value) for value in values if isinstance(value, Path)}
-    paths |= {value for name in _TEXT_PATHS if (value := found.get(name)) and "://" not in value}
+    texts = [value for name in _TEXT_PATHS if isinstance(value := found.get(name), str)]
+    paths |= {text for text in texts if text and "://" not in text}
 
     def absolute(word: str) -> str:
         return str(Path(word).expanduser().absolute()) if word in paths else word

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from launch.jobs.evidence import read_plan
 from launch.jobs.live import find_live
 from launch.jobs.plan import Plan
 from launch.pipeline.deciding import Decision
@@ -18,9 +19,10 @@ from launch.pipeline.planning import make_records
 from launch.pipeline.record import StageRecord
 from launch.pipeline.resolving import Ready, changes
 from launch.prepare import missing_paths, write
+from launch.slurm.asking import on_cluster
 from launch.slurm.control import ControlError, SilentError, ask, show
 from launch.slurm.environment import clean
-from launch.slurm.needs import redirect
+from launch.slurm.needs import newest_cluster, redirect
 from launch.slurm.submit import foresee, require_cluster, submit
 from trainer.errors import InputError, name_some
 from trainer.files import write_text
@@ -40,6 +42,31 @@ def find_queued(stages: Sequence[Ready]) -> dict[str, str]:
     return found
 
 
+def check_clusters(stages: Sequence[Ready], plans: Mapping[str, Plan], queued: Mapping[str, str]) -> None:
+    """Raise `InputError` for each stage whose job would wait for a job that may be on another cluster.
+
+    SLURM knows such dependencies within a federation alone, and nobody here could try them.
+    """
+    options = {name: plan.slurm for name, plan in plans.items()}
+    options |= {ready.name: (read_plan(ready.job) or {}).get("slurm") for ready in stages if ready.name in queued}
+    named = {name: str((given or {}).get("clusters") or "") for name, given in options.items()}
+    problems = []
+    for ready in stages:
+        for other in ready.stage.after if ready.name in plans else ():
+            if other not in named:
+                # It is done: nothing waits for it.
+                continue
+            mine, theirs = named[ready.name], named[other]
+            if mine != theirs or mine == "all" or "," in mine:
+                problems.append(
+                    f"stage {ready.name} waits for stage {other}, and a job waits for jobs of its own cluster alone: "
+                    f"--clusters is {mine or 'not given'} for it and {theirs or 'not given'} for {other}; name one and "
+                    "the same cluster for both"
+                )
+    if problems:
+        raise InputError(problems)
+
+
 def submit_pipeline(
     definition: Definition, decisions: Sequence[Decision], plans: Mapping[str, Plan], queued: Mapping[str, str]
 ) -> int:
@@ -53,7 +80,7 @@ def submit_pipeline(
     _check_queued(stages, records, queued)
     jobs: dict[str, str] = {}
     doubts: list[str] = []
-    held = [number for ready in stages if (number := queued.get(ready.name)) and _is_held_by_us(ready.job, number)]
+    held = [ready for ready in stages if (number := queued.get(ready.name)) and _is_held_by_us(ready.job, number)]
     todo = [ready for ready in stages if ready.name in plans]
     with _Undo([plans[ready.name].job for ready in todo]) as undo:
         for ready in todo:
@@ -70,14 +97,14 @@ def submit_pipeline(
             # Nothing starts before all are in the queue; those behind a held job need not be held.
             first = not any(name in jobs for name in ready.stage.after)
             number = _submit(ready, plans[ready.name], needs=[one for one in needs if one is not None], hold=first)
-            undo.submitted.append(number)
+            undo.submitted.append((number, newest_cluster(ready.job)))
             jobs[ready.name] = number
-            held += [number] if first else []
-        for name, number in queued.items():
-            if jobs.keys() & records[name].needs.keys():
-                _redirect(name, records[name], number)
-        for number in held:
-            _release(number)
+            held += [ready] if first else []
+        for ready in stages:
+            if ready.name in queued and jobs.keys() & records[ready.name].needs.keys():
+                _redirect(ready, records[ready.name], queued[ready.name])
+        for ready in held:
+            _release(jobs.get(ready.name) or queued[ready.name], newest_cluster(ready.job))
     print(f"\n{_report(decisions, jobs, queued)}")
     for doubt in doubts:
         print(f"warning: {doubt}", file=sys.stderr)
@@ -123,24 +150,24 @@ def _is_held_by_us(job: JobDirectory, number: str) -> bool:
     if not newest.get("held"):
         return False
     try:
-        return "JobHeldUser" in show(number).get("Reason", "")
+        return "JobHeldUser" in show(number, newest_cluster(job)).get("Reason", "")
     except (ControlError, SilentError) as error:
         raise InputError(f"scontrol show job {number}: {error}; type the same command again") from error
 
 
-def _redirect(name: str, record: StageRecord, number: str) -> None:
+def _redirect(ready: Ready, record: StageRecord, number: str) -> None:
     """Let a job that was in the queue before wait for a stage that is submitted again."""
     try:
-        redirect(record, number)
+        redirect(record, number, newest_cluster(ready.job))
     except (ControlError, SilentError) as error:
-        raise InputError(f"stage {name}: {error}; type the same command again") from error
+        raise InputError(f"stage {ready.name}: {error}; type the same command again") from error
 
 
-def _release(number: str) -> None:
+def _release(number: str, cluster: str | None) -> None:
     try:
-        ask("scontrol", "release", number)
+        ask("scontrol", *on_cluster(cluster), "release", number)
     except (ControlError, SilentError) as error:
-        if isinstance(error, ControlError) and "JobHeldUser" not in show(number).get("Reason", ""):
+        if isinstance(error, ControlError) and "JobHeldUser" not in show(number, cluster).get("Reason", ""):
             # Of a job that asks for more than there is now, scontrol says so and releases it all the same.
             return
         raise InputError(f"scontrol release {number}: {error}; ask who runs the cluster why jobs stay held") from error
@@ -167,7 +194,8 @@ class _Undo:
     """Takes a submission back that did not come to its end: jobs out of the queue, files as they were."""
 
     def __init__(self, jobs: Sequence[JobDirectory]) -> None:
-        self.submitted: list[str] = []
+        self.submitted: list[tuple[str, str | None]] = []
+        """Number and cluster of each job."""
         self._jobs = jobs
         self._files: dict[Path, bytes | None] = {}
 
@@ -198,11 +226,17 @@ class _Undo:
             raise InputError([*problems, f"no stage was left in the queue, and no file changed{said}"]) from error
 
     def _cancel(self) -> str:
-        if not self.submitted:
-            return ""
-        command = ["scancel", *self.submitted]
-        done = subprocess.run(command, env=clean(os.environ), capture_output=True, text=True, check=False)
-        return f"but {' '.join(command)} failed: {done.stderr.strip()}" if done.returncode else ""
+        failures = []
+        for cluster in dict.fromkeys(cluster for _, cluster in self.submitted):
+            command = [
+                "scancel",
+                *on_cluster(cluster),
+                *(number for number, where in self.submitted if where == cluster),
+            ]
+            done = subprocess.run(command, env=clean(os.environ), capture_output=True, text=True, check=False)
+            if done.returncode:
+                failures.append(f"but {' '.join(command)} failed: {done.stderr.strip()}")
+        return "; ".join(failures)
 
     def _restore(self) -> None:
         for job in self._jobs:

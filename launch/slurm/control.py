@@ -1,4 +1,8 @@
-"""What a running job asks of SLURM: how it stands, and to be put back into the queue."""
+"""What a running job asks of SLURM: how it stands, and to be put back into the queue.
+
+About itself it asks its own cluster, without naming it: `--clusters` needs the accounting daemon, which a job that is
+to be put back must not depend on.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import re
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+
+from launch.slurm.asking import on_cluster
 
 _PATIENCE = 900.0
 """Seconds for which a controller that does not answer is asked again: it may be starting anew."""
@@ -44,10 +50,14 @@ def ask(*command: str, patience: float = _PATIENCE) -> str:
         time.sleep(2.0)
 
 
-def show(job_id: str) -> dict[str, str]:
-    """Return what `scontrol show job` says, by name. Raises `ControlError`, `SilentError`."""
+def show(job_id: str, cluster: str | None = None) -> dict[str, str]:
+    """Return what `scontrol show job` says, by name; `cluster`: another one than this machine's.
+
+    Raises `ControlError`, `SilentError`.
+    """
+    said = ask("scontrol", *on_cluster(cluster), "--oneliner", "show", "job", job_id)
     # Values with spaces, such as a job's comment, are cut short; none of them is used.
-    return dict(re.findall(r"(?:^| )([A-Z][\w:/]*)=(\S*)", ask("scontrol", "--oneliner", "show", "job", job_id)))
+    return dict(re.findall(r"(?:^| )([A-Z][\w:/]*)=(\S*)", said))
 
 
 def node_names(nodes: str) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from launch.jobs.plan import unique_name
@@ -26,7 +26,7 @@ from launch.slurm import control
 from launch.slurm.attempt import Leading, close_predecessors, find
 from launch.slurm.control import ControlError, SilentError
 from launch.slurm.decision import Decision, Preflight, Situation, decide, lost_too_often
-from launch.slurm.limit import LIMIT, OutOfTimeError, alarm, find_end_time
+from launch.slurm.limit import LIMIT, Alarm, LimitWatch, OutOfTimeError, find_end_time
 from launch.slurm.needs import redirect_children
 from launch.slurm.relay import ExitNoise, notice_of_cancellation, relay, telling_line
 from launch.slurm.requests import StopRequests, await_termination, forget_terminations, say
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
         end_time = find_end_time(leading.job_id)
         os.environ[LIMIT] = "" if end_time is None else str(end_time)
         try:
-            with alarm(end_time):
+            with Alarm(end_time) as alarm, LimitWatch(leading.job_id, end_time, _pass_on(leading, alarm)):
                 found = _check_nodes(preflight, leading, options.job) if preflight else None
                 if found is None or found.ok:
                     _run(command, leading)
@@ -82,6 +82,21 @@ def main(argv: Sequence[str]) -> int:
     if leading.task is not None and (leading.plan.run / RECORD).exists():
         _show_sweep(leading.plan.run)
     return code
+
+
+def _pass_on(leading: Leading, alarm: Alarm) -> Callable[[float | None], None]:
+    """Return what follows where somebody moves the time limit: the alarm is set anew, and the ranks find a file."""
+
+    def move(end_time: float | None) -> None:
+        alarm.move(end_time)
+        now = "there is no time limit" if end_time is None else f"the time limit is in {end_time - time.time():.0f} s"
+        say(f"{now}, by what SLURM says now; telling the ranks")
+        try:
+            leading.job.move_end(leading.attempt, end_time)
+        except OSError as error:
+            say(f"the ranks cannot be told ({error})")
+
+    return move
 
 
 def _show_sweep(out: Path) -> None:
@@ -234,6 +249,8 @@ def _resubmit(leading: Leading, decision: Decision, state: Mapping[str, str], re
             job=leading.plan.job,
             dependencies=[after],
             array=array,
+            # Of several, the one that this job waits for and is excluded from nodes of: jobs do not see another's.
+            cluster=os.environ.get("SLURM_CLUSTER_NAME") if (leading.plan.slurm or {}).get("clusters") else None,
             # In place of the script's own line, and with what earlier checks of the nodes found.
             exclude=control.with_excluded(state, decision.exclude),
         )

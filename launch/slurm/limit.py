@@ -1,13 +1,14 @@
-"""The time limit of an attempt: when it is, and the alarm that goes off shortly before it."""
+"""The time limit of an attempt: when it is, whether it was moved, and the alarm that goes off shortly before it."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from types import FrameType
+from typing import Self
 
 from launch.slurm.control import ControlError, SilentError, ask
 from launch.slurm.options import seconds_of
@@ -15,10 +16,14 @@ from launch.slurm.requests import say
 
 LIMIT = "SIGNSCALE_TIME_LIMIT"
 """Environment from the director to the node agents: the end in Unix seconds; empty: there is none."""
-_NO_LIMIT = ("UNLIMITED", "INVALID", "NOT_SET")
+_NO_LIMIT = "UNLIMITED"
 _PATIENCE = 30.0
 _SECONDS_TO_CONCLUDE, _LARGEST_PART = 20.0, 1 / 6
 """What a requeue takes on a busy cluster; of a short job a sixth of its time at most."""
+_LONGEST_PAUSE, _SHORTEST_PAUSE, _PART_OF_REST = 180.0, 5.0, 0.1
+"""Between two looks for a limit that was moved: three minutes, and less where less is left."""
+_MOVED = 30.0
+"""Seconds by which an end differs that was moved: limits are whole minutes, the time left is whole seconds."""
 
 
 class OutOfTimeError(Exception):
@@ -31,36 +36,98 @@ def find_end_time(job_id: str) -> float | None:
     if given := os.environ.get("SLURM_JOB_END_TIME"):
         return float(given)
     try:
-        # The time left, not the time of day, which is written as its reader's time zone and format have it.
-        answer = ask("squeue", "--noheader", "--jobs", job_id, "--format=%L", patience=_PATIENCE).strip()
+        return _ask_end_time(job_id, patience=_PATIENCE)
     except (ControlError, SilentError) as error:
         say(f"SLURM does not tell the time limit ({error}); going by its warning alone")
         return None
-    left = None if answer in _NO_LIMIT else seconds_of(answer)
-    if left is None and answer not in _NO_LIMIT:
-        say(f"squeue says {answer!r} for the time left, expected D-HH:MM:SS; going by SLURM's warning alone")
+
+
+def _ask_end_time(job_id: str, *, patience: float) -> float | None:
+    """Ask the queue; None: there is no limit. Raises `ControlError` where it does not tell, `SilentError`."""
+    # The time left, not the time of day, which is written as its reader's time zone and format have it.
+    answer = ask("squeue", "--noheader", "--jobs", job_id, "--format=%L", patience=patience).strip()
+    left = seconds_of(answer)
+    if left is None and answer != _NO_LIMIT:
+        raise ControlError(f"squeue says {answer!r} for the time left, expected D-HH:MM:SS")
     return None if left is None else time.time() + left
 
 
-@contextlib.contextmanager
-def alarm(end_time: float | None) -> Iterator[None]:
-    """Raise `OutOfTimeError` within the block some seconds before `end_time` (None: never).
+class Alarm:
+    """Raises `OutOfTimeError` within its block some seconds before the end of the attempt (None: never).
 
     Whatever works past the limit is killed with the script that could have put the job back into the queue.
     """
-    if end_time is None:
-        yield
-        return
 
-    def ring(number: int, frame: FrameType | None) -> None:
+    def __init__(self, end_time: float | None) -> None:
+        """Set it to an end in Unix seconds."""
+        self._end_time = end_time
+        self._open = False
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGALRM, self._ring)
+        self._open = True
+        self.move(self._end_time)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._open = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, self._before)
+
+    def move(self, end_time: float | None) -> None:
+        """Set it to another end; from any thread, and to no avail once the block is left."""
+        seconds = 0.0
+        if end_time is not None:
+            left = max(0.0, end_time - time.time())
+            # Of 0 seconds it would never go off.
+            seconds = max(0.1, left - min(_SECONDS_TO_CONCLUDE, _LARGEST_PART * left))
+        with self._lock:
+            if self._open:
+                signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    def _ring(self, number: int, frame: FrameType | None) -> None:
         raise OutOfTimeError
 
-    left = max(0.0, end_time - time.time())
-    before = signal.signal(signal.SIGALRM, ring)
-    # Of 0 seconds it would never go off.
-    signal.setitimer(signal.ITIMER_REAL, max(0.1, left - min(_SECONDS_TO_CONCLUDE, _LARGEST_PART * left)))
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+
+class LimitWatch:
+    """Asks the queue now and then whether the limit was moved (`scontrol update TimeLimit`), from a thread of its own.
+
+    One for the whole job. A controller that does not answer changes nothing.
+    """
+
+    def __init__(self, job_id: str, end_time: float | None, moved: Callable[[float | None], None]) -> None:
+        """Watch an end in Unix seconds (None: there is none); `moved` is called with each new one."""
+        self._job_id, self._end_time, self._moved = job_id, end_time, moved
+        self._over = threading.Event()
+
+    def __enter__(self) -> Self:
+        # Signals are for the thread that leads: it must wake up, and later waits for one of them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        threading.Thread(target=self._watch, daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Not waited for: it may be asking a controller that is silent for a minute.
+        self._over.set()
+
+    def _watch(self) -> None:
+        while not self._over.wait(self._pause()):
+            try:
+                found = _ask_end_time(self._job_id, patience=0.0)
+            except (ControlError, SilentError):
+                continue
+            if not self._over.is_set() and self._is_another(found):
+                self._end_time = found
+                self._moved(found)
+
+    def _pause(self) -> float:
+        left = float("inf") if self._end_time is None else self._end_time - time.time()
+        return max(_SHORTEST_PAUSE, min(_LONGEST_PAUSE, _PART_OF_REST * left))
+
+    def _is_another(self, found: float | None) -> bool:
+        if found is None or self._end_time is None:
+            return found is not self._end_time
+        return abs(found - self._end_time) >= _MOVED

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launch.pipeline.record import StageRecord
+from launch.slurm.asking import on_cluster
 from launch.slurm.control import ControlError, SilentError, ask, show
 from trainer.job.directory import JobDirectory, read_lines
 
@@ -28,6 +29,12 @@ def newest_job(job: JobDirectory) -> str | None:
     return str(submissions[-1]["job_id"]) if submissions else None
 
 
+def newest_cluster(job: JobDirectory) -> str | None:
+    """Return the cluster that the newest submission went to; None: the one that was there."""
+    submissions = read_lines(job.submissions)
+    return (submissions[-1].get("cluster") or None) if submissions else None
+
+
 def redirect_children(job: JobDirectory) -> Iterator[str]:
     """Let the stages that wait for a job wait for its newest submission; yield a line for each.
 
@@ -41,21 +48,21 @@ def redirect_children(job: JobDirectory) -> Iterator[str]:
         if known is None or number is None:
             continue
         try:
-            needed = redirect(known, number)
+            needed = redirect(known, number, newest_cluster(child))
         except (ControlError, SilentError) as error:
             yield f"stage {name} (job {number}) cannot be told to wait for the new job: {error}"
         else:
             yield f"stage {name} (job {number}) now waits for {needed or 'nothing'}"
 
 
-def redirect(record: StageRecord, number: str) -> str | None:
+def redirect(record: StageRecord, number: str, cluster: str | None = None) -> str | None:
     """Let a stage's job wait for the newest jobs of those it needs.
 
     Raises `ControlError` where it waits no longer, `SilentError`.
     """
     needed = dependency(record)
-    if show(number).get("JobState") != "PENDING":
+    if show(number, cluster).get("JobState") != "PENDING":
         raise ControlError(f"job {number} is no longer waiting")
     if needed is not None:
-        ask("scontrol", "update", f"JobId={number}", f"Dependency={needed}")
+        ask("scontrol", *on_cluster(cluster), "update", f"JobId={number}", f"Dependency={needed}")
     return needed

@@ -58,7 +58,7 @@ class SlurmOptions:
     comment: str = ""
     """A note that squeue and sacct can show."""
     clusters: str = ""
-    """Cluster of a federation to submit to."""
+    """Other cluster to submit to; of several, separated by commas, the one that starts the job first."""
     array: str = ""
     """Of a sweep: which of its tasks, and how many at a time: 0-8%%4, or %%4 (default: all that are not done)."""
     signal_seconds: int = 180

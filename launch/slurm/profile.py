@@ -9,15 +9,15 @@ from typing import Any
 
 import yaml
 
-from launch.jobs.snapshot import ROOT
 from launch.slurm.options import FIELDS, SlurmOptions
 from trainer.errors import InputError
+from trainer.shipped import SHIPPED
 
 
 def find_profile(name: str | None) -> Path | None:
     """Find a profile by name or path; without a name, `default` of the user's own where there is one."""
     own = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "signscale" / "clusters"
-    shipped = ROOT / "configs" / "clusters"
+    shipped = SHIPPED / "configs" / "clusters"
     if name is None:
         return own / "default.yaml" if (own / "default.yaml").exists() else None
     if "/" in name or name.endswith((".yaml", ".yml")):

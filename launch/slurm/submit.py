@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.slurm.asking import on_cluster
 from launch.slurm.environment import clean
 from trainer.errors import InputError
 from trainer.job.directory import JobDirectory
@@ -57,18 +58,20 @@ def submit(
     dependencies: Sequence[str] = (),
     array: str | None = None,
     exclude: Sequence[str] = (),
+    cluster: str | None = None,
     hold: bool = False,
     test_only: bool = False,
 ) -> str:
     """Submit a batch script, record it, and return the job id; with `test_only` return what sbatch would do.
 
     `dependencies` are sbatch's (`afterok:4711`, `singleton`); the job is cancelled where one can never be met.
-    `exclude` names nodes to stay away from, in place of those that the script names; `hold` keeps the job from starting
-    until it is released. Raises `InputError` with sbatch's own message and the option to blame.
+    `exclude` names nodes to stay away from, and `cluster` the cluster, in place of those that the script names; `hold`
+    keeps the job from starting until it is released. Raises `InputError` with sbatch's own message and the option to
+    blame.
     """
     if shutil.which("sbatch") is None:
         raise InputError(f"sbatch is not on PATH: {_elsewhere()}")
-    command = ["sbatch", "--parsable"]
+    command = ["sbatch", "--parsable", *on_cluster(cluster)]
     if dependencies:
         command += [f"--dependency={','.join(dependencies)}", "--kill-on-invalid-dep=yes"]
     if array is not None:
@@ -90,8 +93,9 @@ def submit(
     match = re.fullmatch(r"(\d+)(?:;(\S+))?", answer.stdout.strip())
     if not match:
         raise InputError(f"sbatch answered {answer.stdout.strip()!r}, expected a job id; look with squeue")
-    job_id, cluster = match.groups()
-    job.add_submission(job_id, cluster=cluster, after=list(dependencies), **({"held": True} if hold else {}))
+    # Where a script names clusters, sbatch adds which of them took the job.
+    job_id, taker = match.groups()
+    job.add_submission(job_id, cluster=taker, after=list(dependencies), **({"held": True} if hold else {}))
     return job_id
 
 

@@ -12,7 +12,7 @@ from launch.jobs.options import LaunchOptions
 from launch.jobs.plan import Plan, Task, Way
 from launch.prepare import RECIPE, describe, missing_paths, prepare, write
 from launch.sweep.axes import SweepTask, make_tasks, parse_axes
-from launch.sweep.table import format_table, read_rows, record
+from launch.sweep.table import format_table, publish, read_rows, record
 from trainer.errors import InputError
 from trainer.files import write_text
 from trainer.job.directory import JobDirectory
@@ -71,6 +71,7 @@ def _run(out: Path, tasks: Sequence[SweepTask], plans: Sequence[Plan], todo: Seq
     for place, number in enumerate(todo, 1):
         print(f"\nrun {place} of {len(todo)}: {tasks[number].label}", flush=True)
         local.run(write(plans[number]))
+        publish(out)
         word = plans[number].job.last_word()
         if plans[number].job.stop.exists() or (word is not None and word.word == "RESUME"):
             print("\nstopped; the same command goes on here", file=sys.stderr)
@@ -97,7 +98,11 @@ def _submit(
         Task(run=plan.run, overrides={**task.settings, "config": str(plan.job.folder / RECIPE)})
         for task, plan in zip(tasks, plans, strict=True)
     ]
-    whole = prepare("slurm", dataclasses.replace(options, slurm=slurm), command, tasks=members)
+    whole = dataclasses.replace(
+        prepare("slurm", dataclasses.replace(options, slurm=slurm), command, tasks=members),
+        sweep=options.sweep,
+        array=options.slurm.array,
+    )
     print(describe(whole, options))
     for number in todo:
         print(f"  {number:>5}  {tasks[number].label}")

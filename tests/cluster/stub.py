@@ -138,6 +138,7 @@ def _load(folder: Path) -> tuple[int, str]:
 def _save(folder: Path, step: int, weights: str, job: Job) -> None:
     """Publish, if this attempt still may: the trainer's own check decides; the test finds both noted."""
     saves = folder.parent / "saves.jsonl"
+    job.look_at_limit()
     facts = {"attempt": job.attempt, "step": step, "end_time": job.end_time}
     try:
         job.check()
@@ -182,6 +183,9 @@ def main() -> int:
     if options.mistake:
         if rank == 0:
             job.leave_word("FAILED", step=None, reason=options.mistake, code=2)
+        else:
+            # As in the trainer: whoever leaves first takes the others along, and rank 0 has something to say.
+            time.sleep(30)
         return 2
     ranks = Ranks(rank, world_size, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     return train(options, ranks, job)

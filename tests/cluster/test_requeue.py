@@ -62,6 +62,25 @@ def test_ranks_that_do_not_leave_before_the_time_limit(shared_cluster: Cluster, 
         assert job.words() == [None, "DONE"]
 
 
+def test_a_time_limit_that_somebody_moves(shared_cluster: Cluster, tmp_path: Path) -> None:
+    """The ranks hear of it, and the director does not give them up at the old one."""
+
+    def ends_after(minutes: float) -> bool:
+        end_time = stub.saves(job.run)[-1]["end_time"]
+        return end_time is not None and abs(float(str(end_time)) - began - minutes * 60) < 30
+
+    with StubJob(shared_cluster, tmp_path / "moved", nodes=1, sbatch=["--time=3", "--signal=B:USR2@10"]) as job:
+        job.wait_for_step()
+        began = job.job.history()[0].began
+        assert ends_after(3)
+        for minutes in (2, 9):
+            shared_cluster.run("scontrol", "update", f"JobId={job.job_id}", f"TimeLimit={minutes}")
+            shared_cluster.wait_until(lambda m=minutes: ends_after(m), f"the ranks know of {minutes} minutes")  # type: ignore[misc]
+        job.finish()
+        job.check_complete()
+        assert job.output().count("by what SLURM says now; telling the ranks") == 2
+
+
 def test_warned_twice_of_the_time_limit(shared_cluster: Cluster, tmp_path: Path) -> None:
     with StubJob(shared_cluster, tmp_path / "warned") as job:
         for attempt in (1, 2):

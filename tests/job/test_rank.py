@@ -182,6 +182,39 @@ def test_a_short_job_keeps_nine_tenths_of_its_time() -> None:
     assert watch.reason() is not None
 
 
+def test_a_limit_that_is_moved_is_the_one_that_counts() -> None:
+    clock = Clock()
+    watch = TimeWatch(1060.0, clock)
+    clock.now = 1055.0
+    watch.move(1000.0 + 7200)
+    assert watch.reason() is None
+    # The margin is that of a long job now.
+    clock.now = 1000.0 + 7200 - 59
+    assert "a margin take 60 s" in str(watch.reason())
+    watch.move(None)
+    assert watch.reason() is None
+    watch.move(1000.0)
+    assert watch.reason() is not None
+
+
+def test_a_rank_hears_of_a_limit_that_was_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    request = StopRequest(begin(tmp_path, "7.1"))
+    directory = JobDirectory.of(tmp_path)
+    assert not request.requested
+    directory.move_end("7.0", time.time())
+    clock += 1
+    assert not request.requested, "that was another attempt's"
+    directory.move_end("7.1", time.time() + 7200)
+    clock += 1
+    assert not request.requested
+    directory.move_end("7.1", time.time())
+    clock += 1
+    assert request.requested
+    assert request.reason.startswith("before the time limit")
+
+
 def test_without_a_limit_there_is_no_hurry() -> None:
     watch = TimeWatch(None)
     watch.note_step(1e9)

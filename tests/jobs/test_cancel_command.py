@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import job_cancel
+from launch import job_cancel, job_status
 from tests.jobs.conftest import begin, local_fields
 from trainer.errors import InputError
 from trainer.job.directory import JobDirectory
@@ -119,6 +119,37 @@ def test_where_slurm_does_not_answer_the_files_ask(launch: Launch, capsys: pytes
     assert "squeue is not on the PATH" in capsys.readouterr().err
     assert job.cancelled() is not None
     assert job.stop.exists()
+
+
+def test_a_task_is_cancelled_by_its_own_folder(
+    launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is its array that recorded the job."""
+    tasks = [{"run": str(tmp_path / "runs" / "sweep" / name), "overrides": {}} for name in "ab"]
+    whole = launch("sweep", tasks=tasks, job_id="7")
+    for task in tasks:
+        Path(task["run"]).mkdir()
+    # Two tasks that wait, until one is cancelled.
+    form = f"%s|7|%s|PENDING|Resources|N/A|N/A|0:00|1:00:00||(null)|{whole.script}".replace("|", "\x1f")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool, script in (
+        ("squeue", f"[ -e {tools}/gone ] || echo '{form % ('7_1', '1')}'\necho '{form % ('7_0', '0')}'"),
+        ("scancel", f'echo "$@" >> {tools}/gone'),
+        ("sacct", "exit 1"),
+    ):
+        (tools / tool).write_text(f"#!/bin/sh\n{script}\n")
+        (tools / tool).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    assert job_status.main([str(whole.folder.parent)]) == 0
+    shown = capsys.readouterr().out
+    assert f"signscale logs -f {whole.folder.parent} --task 0 " in shown
+    assert job_status.main([tasks[1]["run"]]) == 0
+    assert f"signscale cancel {tasks[1]['run']} " in capsys.readouterr().out
+    assert job_cancel.main([tasks[1]["run"]]) == 0
+    assert (tools / "gone").read_text() == "--state=PENDING 7_1\n"
+    assert "job 7_1: taken out of the queue" in capsys.readouterr().out
+    assert whole.cancelled() is None
 
 
 def test_mistakes(launch: Launch, tmp_path: Path) -> None:

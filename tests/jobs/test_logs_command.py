@@ -115,6 +115,21 @@ def test_an_array_is_asked_for_by_task(launch: Launch, tmp_path: Path, capsys: p
     assert capsys.readouterr().out == "of the task\n"
 
 
+def test_a_task_is_known_by_its_own_folder(launch: Launch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`status` of a task names its folder, also before its first attempt has made one."""
+    tasks = [{"run": str(tmp_path / "runs" / "sweep" / name), "overrides": {}} for name in "ab"]
+    launch("sweep", tasks=tasks, job_id="7")
+    first = JobDirectory.of(Path(tasks[0]["run"]))
+    begin(first, "7_0.0")
+    first.logs.mkdir()
+    (first.logs / "7_0.0.log").write_text("said by a\n")
+    assert job_logs.main([tasks[0]["run"]]) == 0
+    assert capsys.readouterr().out == "said by a\n"
+    Path(tasks[1]["run"]).mkdir()
+    assert job_logs.main([tasks[1]["run"]]) == 1
+    assert "no log yet" in capsys.readouterr().err
+
+
 def test_following_goes_on_over_a_requeue_to_the_end(
     launch: Launch, capsys: pytest.CaptureFixture[str], living: subprocess.Popen[bytes]
 ) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from launch.pipeline.definition import read_definition
 from launch.pipeline.planning import option_words, plan_stages
-from launch.pipeline.resolving import Ready, resolve
+from launch.pipeline.resolving import Ready, absolute_words, resolve
 from tests.conftest import ROOT
 from trainer.errors import InputError
 
@@ -119,6 +119,17 @@ def test_only_a_training_is_a_run(tmp_path: Path) -> None:
     assert refusal(tmp_path, TEACHER + stages + other) == [
         "p.yaml:5: stage s: {x.run}: only a train stage is a run; {NAME.output} is what another one leaves behind"
     ]
+
+
+def test_paths_of_a_batch_job_s_command_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    stages = read(
+        tmp_path,
+        "  - {name: made, command: synth, arguments: {out: corpus, clips: 8}}\n"
+        "  - {name: packed, command: pack, arguments: [corpus, packed, --dtype, float32]}\n",
+    )
+    assert absolute_words(stages["made"]) == (f"--out={tmp_path}/corpus", "--clips=8")
+    assert absolute_words(stages["packed"]) == (f"{tmp_path}/corpus", f"{tmp_path}/packed", "--dtype", "float32")
 
 
 def test_two_stages_may_not_share_a_run(tmp_path: Path) -> None:

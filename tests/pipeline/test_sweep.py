@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from pathlib import Path
 
@@ -96,6 +97,63 @@ def test_the_array_is_what_was_asked_for_or_what_is_left() -> None:
     assert _array("", 4, [0, 1, 3]) == "0,1,3"
     assert _array("%2", 4, [0, 3]) == "0,3%2"
     assert _array("0-3:2%1", 4, [0]) == "0-3:2%1"
+
+
+def test_status_names_the_command_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it names starts what is not done by then, as the first command did."""
+    # A cluster that takes every job and has forgotten it at once.
+    for tool, said in (("sbatch", "echo 17"), ("sinfo", ""), ("squeue", ""), ("sacct", "")):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / tool).write_text(f"#!/bin/sh\n{said}\n")
+        (tmp_path / "bin" / tool).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out"
+    streams = "streams={a: [0, 1]},{a: [0, 2], b: [2, 3]}"
+    sweep = ["--sweep", "learning_rate=1e-3,1e-4", "--sweep", streams, "--array", "%2", "--mem", "4G"]
+    assert run(["launch", "slurm", *sweep, "--", "train", *TRAIN]) == 0
+    script = out / "job" / "job.sh"
+    assert "#SBATCH --array=0,1,2,3%2\n" in script.read_text()
+    folders = [Path(task["run"]) for task in json.loads((out / "sweep.json").read_text())["tasks"]]
+    end(folders[2], "DONE")
+    capsys.readouterr()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert run(["status", str(out)]) == 0
+    first, second = capsys.readouterr().out.partition("next:\n")[2].splitlines()
+    assert first.endswith("# start those that are not done, each where it was")
+    assert second.strip() == f"signscale sweep {out}  # the runs, best first"
+    words = shlex.split(first, comments=True)
+    assert words[:3] == ["signscale", "launch", "slurm"]
+    assert f"--sweep={streams}" in words
+    # One of its runs names the same.
+    assert run(["status", str(folders[0])]) == 0
+    assert words == shlex.split(capsys.readouterr().out.partition("next:\n")[2].splitlines()[0], comments=True)
+    assert run(words[1:]) == 0
+    assert "#SBATCH --array=0,1,3%2\n" in script.read_text()
+    assert "#SBATCH --mem=4G\n" in script.read_text()
+    for folder in folders:
+        end(folder, "DONE")
+    capsys.readouterr()
+    assert run(["status", str(out)]) == 0
+    assert capsys.readouterr().out.partition("next:\n")[2].split("#")[0].strip() == f"signscale sweep {out}"
+
+
+def test_the_table_is_kept_here_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("launch.local.run", lambda plan: end(plan.run, "DONE", {10: 50.0}))
+    assert run(["launch", "local", "--cpu", "--sweep", "seed=1,2", "--", "train", *TRAIN]) == 0
+    assert "2 of 2 runs are done" in (tmp_path / "out" / "sweep.txt").read_text()
+
+
+def test_a_sweep_that_was_started_here_is_no_run(tmp_path: Path) -> None:
+    record(tmp_path, [(tmp_path / "a", {"seed": "1"})])
+    with pytest.raises(InputError, match=f"signscale sweep {tmp_path}"):
+        run(["status", str(tmp_path)])
 
 
 def end(run: Path, word: Word, wers: dict[int, float] | None = None, reason: str = "finished") -> None:

@@ -167,6 +167,27 @@ def test_the_director_does_not_wait_for_ranks_past_the_time_limit(job: JobDirect
     assert "did not save and leave in time" in str(record.reason)
 
 
+def test_a_limit_that_is_moved_moves_the_end_of_the_wait(job: JobDirectory, tmp_path: Path) -> None:
+    squeue = tmp_path / "squeue"
+    # Silent at first, which changes nothing.
+    squeue.write_text(
+        f"#!/bin/sh\n[ -e {tmp_path}/asked ] || {{ touch {tmp_path}/asked; echo 'Socket timed out' >&2; exit 1; }}\n"
+        f'[ "$3" = 7 ] && echo 0:09\n'
+    )
+    squeue.chmod(0o755)
+    began = time.time()
+    process = director(job, "sleep", "60", SLURM_JOB_END_TIME=str(began + 55), PATH=f"{tmp_path}:/usr/bin:/bin")
+    said, _ = process.communicate(timeout=90)
+    assert "s, by what SLURM says now; telling the ranks" in said
+    assert "still at work; not waiting" in said
+    # 46 s without.
+    assert time.time() - began < 35
+    moved = job.moved_end("7.1", None)
+    assert moved is not None
+    assert moved < began + 45
+    assert job.moved_end("7.2", 1.0) == 1.0
+
+
 def test_a_folder_that_the_node_does_not_see(tmp_path: Path) -> None:
     process = director(JobDirectory.of(tmp_path / "elsewhere"), "true")
     said, _ = process.communicate(timeout=120)

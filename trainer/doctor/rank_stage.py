@@ -19,13 +19,13 @@ from trainer.doctor.facts import count_devices
 from trainer.doctor.finding import Finding, shorten
 from trainer.doctor.network import free_port, interface_of
 from trainer.errors import name_some
+from trainer.shipped import SHIPPED
 
 if TYPE_CHECKING:
     from trainer.doctor.node import Options
 
 RANKS = "ranks.json"
 _ABORT = "abort"
-_CONFIGURATIONS = Path(__file__).resolve().parents[2] / "accelerate_configs"
 _GRACE_SECONDS = 20.0
 """After one node's ranks failed, how long the others' may still finish and speak."""
 _TAIL = 4000
@@ -56,7 +56,7 @@ class Stage:
         return cls(
             members=members,
             ranks_per_node=ranks,
-            config=options.accelerate_config or str(_CONFIGURATIONS / f"{name}.yaml"),
+            config=options.accelerate_config or str(SHIPPED / "accelerate_configs" / f"{name}.yaml"),
             cpu=cpu,
             address=address,
             port=free_port(),

@@ -13,16 +13,16 @@ from typing import Any
 
 from trainer.engine.zero_keys import BELOW_THIRD, ELSEWHERE, FILLED, SECTIONS, TOP_LEVEL, ZERO, Key
 from trainer.errors import InputError
+from trainer.shipped import SHIPPED
 
-_ROOT = Path(__file__).resolve().parents[2]
 _README = "ds_configs/README.md"
 
 
 def read_zero_configuration(path: str, gradient_clip: float) -> dict[str, Any]:
     """Return a DeepSpeed configuration that the engine drives as it stands, `FILLED` where the file leaves it out.
 
-    A relative path is looked for from the working directory, then from the project's root. Raises one `InputError` with
-    everything that is wrong with the file or that this machine lacks for it.
+    A relative path is looked for from the working directory, then among those that are shipped. Raises one `InputError`
+    with everything that is wrong with the file or that this machine lacks for it.
     """
     found = _find(path)
     try:
@@ -39,11 +39,11 @@ def read_zero_configuration(path: str, gradient_clip: float) -> dict[str, Any]:
 
 def _find(path: str) -> Path:
     given = Path(path).expanduser()
-    places = [given] if given.is_absolute() else [Path.cwd() / given, _ROOT / given]
+    places = [given] if given.is_absolute() else [Path.cwd() / given, SHIPPED / given]
     for place in places:
         if place.is_file():
             return place
-    shipped = ", ".join(sorted(found.name for found in (_ROOT / "ds_configs").glob("*.json")))
+    shipped = ", ".join(sorted(found.name for found in (SHIPPED / "ds_configs").glob("*.json")))
     looked = " and ".join(map(str, dict.fromkeys(places)))
     raise InputError(f"deepspeed_config_file: {path} is not there, looked for as {looked}; ds_configs/ has {shipped}")
 

@@ -180,6 +180,23 @@ class JobDirectory:
             self.stop.unlink(missing_ok=True)
             self.cancellation.unlink()
 
+    def move_end(self, attempt: str, end_time: float | None) -> None:
+        """Tell the ranks of an attempt that its time ends elsewhere than they were told (None: nowhere)."""
+        write_json(self._end_of(attempt), {"end_time": end_time})
+
+    def moved_end(self, attempt: str, told: float | None) -> float | None:
+        """Return when an attempt's time ends, in Unix seconds, if its ranks were `told` this at their start."""
+        try:
+            found = json.loads(self._end_of(attempt).read_text(encoding="utf-8"))["end_time"]
+            return None if found is None else float(found)
+        except (OSError, ValueError, KeyError, TypeError):
+            # Nearly always it was not moved. A file that cannot be read now can be so in a second.
+            return told
+
+    def _end_of(self, attempt: str) -> Path:
+        # A name of its own for each: an attempt that was cut off must not speak for the one that took over.
+        return self.folder / f"end-{attempt}.json"
+
     def add_submission(self, job_id: str, **fields: Any) -> None:
         """Record a submission."""
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -50,6 +50,10 @@ class Job(_Worker):
         """Part of the names of what this attempt writes aside."""
         self._looked = float("-inf")
 
+    def look_at_limit(self) -> None:
+        """Read whether the time limit was moved since this rank began."""
+        self.end_time = self.directory.moved_end(self.attempt, self.end_time)
+
     def check(self) -> None:
         """Raise `TrainingFailedError`, on this rank alone, if another attempt has become the owner of the run.
 
@@ -72,6 +76,8 @@ class Job(_Worker):
     def stop_reason(self) -> str | None:
         """Return why the job is asked to stop, if it is; the files are looked at once a second at most.
 
+        The file that tells of another `end_time` is among them.
+
         Raises `TrainingFailedError` if this attempt is no longer the owner.
         """
         now = time.monotonic()
@@ -79,6 +85,7 @@ class Job(_Worker):
             return None
         self._looked = now
         self.check()
+        self.look_at_limit()
         try:
             asked = self.directory.stop.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:

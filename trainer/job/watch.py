@@ -9,7 +9,7 @@ from collections.abc import Callable
 _STEPS = 2
 _RECENT = 20
 _MARGIN_SECONDS, _LARGEST_MARGIN = 60.0, 0.1
-"""A minute, or a tenth of the time there was at first where that is less: a short job must get somewhere too."""
+"""A minute, or a tenth of the time from begin to end where that is less: a short job must get somewhere too."""
 
 
 class TimeWatch:
@@ -20,8 +20,11 @@ class TimeWatch:
         self._end, self._now = end_time, now
         self._steps: deque[float] = deque(maxlen=_RECENT)
         self._save = 0.0
-        total = 0.0 if end_time is None else max(0.0, end_time - now())
-        self._margin = min(_MARGIN_SECONDS, _LARGEST_MARGIN * total)
+        self._began = now()
+
+    def move(self, end_time: float | None) -> None:
+        """Watch for another limit: somebody has raised, lowered or lifted it."""
+        self._end = end_time
 
     def note_step(self, seconds: float) -> None:
         """Take note of how long a step took, or whatever else lies between two looks at the clock."""
@@ -36,7 +39,8 @@ class TimeWatch:
         if self._end is None:
             return None
         left = self._end - self._now()
-        needed = _STEPS * max(self._steps, default=0.0) + self._save + self._margin
+        margin = min(_MARGIN_SECONDS, _LARGEST_MARGIN * max(0.0, self._end - self._began))
+        needed = _STEPS * max(self._steps, default=0.0) + self._save + margin
         if left >= needed:
             return None
         return f"before the time limit: {left:.0f} s are left, two steps, a save and a margin take {needed:.0f} s"

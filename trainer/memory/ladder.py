@@ -9,12 +9,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch.distributed as dist
 
 from trainer.engine.processes import RESTARTS, meeting_store, restarts
+from trainer.shipped import SHIPPED
 
 SMALLER_BUDGET, CHECKPOINTING = "smaller budget", "activation checkpointing"
 """The rungs on which a pass needs less, and nothing else."""
@@ -23,7 +23,6 @@ _TAKEN = "SIGNSCALE_RUNGS"
 """Environment variable with the rungs that this launch has come down already, as JSON."""
 _KEY = "signscale/restart"
 _POLL_SECONDS = 0.5
-_CONFIGURATIONS = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +67,7 @@ def _zero(configuration: str, title: str) -> Rung:
         name=title,
         environment=(
             ("ACCELERATE_USE_DEEPSPEED", "true"),
-            ("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(_CONFIGURATIONS / f"{configuration}.json")),
+            ("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(SHIPPED / "ds_configs" / f"{configuration}.json")),
         ),
     )
 
