@@ -35,7 +35,7 @@ def plain_step(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _leave_the_compiler_out() -> None:
-    """Keep the optimizer from importing torch's compiler, a third of the time that a rank needs to start.
+    """Keep the optimizer from importing torch's compiler, a good part of a rank's start (benchmarks/start.py).
 
     torch marks these methods as not to be traced, and the mark imports `torch._dynamo` at their first call
     (`torch/_compile.py`; it looks for what it has found before under this attribute). Only blocks of the model are
