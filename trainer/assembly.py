@@ -20,6 +20,7 @@ from trainer.data.vocabulary import BLANK
 from trainer.distillation_sources import adopt_normalization, make_distillation, open_source
 from trainer.engine import Engine
 from trainer.errors import InputError, name_some
+from trainer.files import FencedFolder
 from trainer.job.rank import NO_JOB, Job, NoJob
 from trainer.loop import TrainingRun
 from trainer.loss import StepLoss
@@ -40,6 +41,7 @@ def build_run(
     """Check all input, then put the parts together; the run directory is written to only once all is right."""
     recipe = with_absolute_paths(recipe)
     run_dir = Path(recipe.run.output_dir)
+    folder = FencedFolder(run_dir, job.check)
     store = CheckpointStore(run_dir, keep=recipe.run.keep_checkpoints, job=job)
     existed = engine.on_main(lambda: _enter(recipe, job, progress))
     path, goes_on = engine.on_main(lambda: _find_start(recipe, store, progress, existed=existed))
@@ -86,7 +88,7 @@ def build_run(
     state.num_clips, state.world_size = len(corpus.train), engine.world_size
     state.clips_hash, state.files_hash = corpus.clips_hash, corpus.files_hash
     engine.on_main(lambda: _begin_writing(recipe, engine, job, progress, existed=existed))
-    engine.on_main(distillation.record)
+    engine.on_main(lambda: distillation.record(folder))
     if not engine.on_main(lambda: store.go_back_to(state, progress.say)):
         # The best checkpoint went with the steps that were lost: the next validation is the best one again.
         state.best = state.best_step = None
@@ -98,12 +100,11 @@ def build_run(
     )
     trackers = (
         open_trackers(
-            run_dir,
+            folder,
             recipe.run.trackers,
             after_step=state.step if resumed else -1,
             project=recipe.run.wandb_project,
             recipe=recipe.flat(),
-            fence=job.check,
         )
         if engine.is_main
         else []
@@ -120,9 +121,9 @@ def build_run(
         trackers=trackers,
         progress=progress,
         stop=stop,
-        relief=Relief(engine, recipe, trackers, progress.say),
+        relief=Relief(engine, recipe, folder, trackers, progress.say),
         distillation=distillation,
-        job=job,
+        folder=folder,
     )
 
 
@@ -142,9 +143,10 @@ def _begin_writing(recipe: Recipe, engine: Engine, job: Job | NoJob, progress: P
     job.check_run(run_dir)
     make_folder(run_dir)
     job.take_run(run_dir, progress.say)
+    FencedFolder(run_dir, job.check).clear()
     if not existed and claim(recipe):
         raise InputError(f"{run_dir}: another command has begun this run meanwhile; give yours again")
-    record(recipe, world_size=engine.world_size, device=str(engine.device))
+    record(recipe, world_size=engine.world_size, device=str(engine.device), fence=job.check)
 
 
 def _check_same_objective(stored: Recipe, recipe: Recipe, where: str) -> None:

@@ -19,8 +19,8 @@ from trainer.engine import Processes
 from trainer.engine.replicated import ReplicatedEngine
 from trainer.errors import InputError, name_some
 from trainer.exits import Outcome, exit_on_input_error
-from trainer.files import write_json
-from trainer.job.rank import Job, NoJob, find_job
+from trainer.files import FencedFolder
+from trainer.job.rank import find_job
 from trainer.layout import slot_frames
 from trainer.observe.progress import Progress
 from trainer.options import OptionParser
@@ -33,6 +33,7 @@ from trainer.signals import StopRequest
 from trainer.validation import Evaluation, evaluate
 
 _CLIPS_PER_CELL = 8
+_PROBE = ".probe.json"
 
 
 def main(argv: Sequence[str] | None = None) -> Outcome:
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> Outcome:
         if engine.world_size > len(clips):
             raise InputError(f"{options.split}: {len(clips)} clips for {engine.world_size} ranks; start fewer ranks")
         decoder = engine.together(lambda: open_decoder(options, checkpoint.vocabulary.glosses, progress.say))
-        output = options.output_dir or _default_output(folder)
+        output = FencedFolder(options.output_dir or _default_output(folder), job.check)
         engine.on_main(lambda: _prepare_output(output))
         engine.prepare(restore_trained(checkpoint, str(folder)), None)
         loader = EvaluationLoader(
@@ -86,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> Outcome:
             return Outcome(1, said, word="RESUME")
         emissions = {index: found for part in engine.gather_objects(result.emissions) for index, found in part.items()}
         report = _report(options, folder, checkpoint, clips, result, protocol, decoder)
-        engine.on_main(lambda: _write(output, report, options, clips, emissions, checkpoint, job))
-        progress.say(_table(report, decoder, output / f"{options.split}.json"))
+        engine.on_main(lambda: _write(output, report, options, clips, emissions, checkpoint))
+        progress.say(_table(report, decoder, output.path / f"{options.split}.json"))
         exceeded = options.max_wer is not None and not result.counts.wer <= options.max_wer
         wer = f"{result.counts.wer:.2f} %" if report["wer"] is not None else "undefined"
         said = f"WER of {options.split} {wer}" + f", not at most {options.max_wer} %" * exceeded
@@ -134,14 +135,16 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _prepare_output(output: Path) -> None:
+def _prepare_output(output: FencedFolder) -> None:
     """Make the output folder, and see that it can be written to, before anything is computed."""
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(probe := output / ".probe.json", {})
-        probe.unlink()
+        output.path.mkdir(parents=True, exist_ok=True)
+        output.write_json(_PROBE, {})
+        output.remove(_PROBE)
     except OSError as error:
-        raise InputError(f"{output}: cannot be written to ({error.strerror}); choose another --output_dir") from error
+        raise InputError(
+            f"{output.path}: cannot be written to ({error.strerror}); choose another --output_dir"
+        ) from error
 
 
 def _read_clips(options: argparse.Namespace, checkpoint: Checkpoint, progress: Progress) -> Split:
@@ -205,19 +208,17 @@ def _report(
 
 
 def _write(
-    output: Path,
+    output: FencedFolder,
     report: dict[str, Any],
     options: argparse.Namespace,
     clips: Split,
     emissions: dict[int, list[Emission]],
     checkpoint: Checkpoint,
-    job: Job | NoJob,
 ) -> None:
     """Write the hypotheses as they were decoded (CTM), the references (STM), and the report last."""
-    job.check()
     seconds = checkpoint.recipe.model.total_stride / options.fps
     write_ctm(
-        output / f"{options.split}.ctm",
+        output.path / f"{options.split}.ctm",
         [
             CtmRow(
                 id=clips.id(index),
@@ -228,9 +229,10 @@ def _write(
             for index in range(len(clips))
             for emission in emissions[index]
         ],
+        fence=output.fence,
     )
     write_stm(
-        output / f"{options.split}.stm",
+        output.path / f"{options.split}.stm",
         [
             StmRow(
                 id=clips.id(index),
@@ -239,8 +241,9 @@ def _write(
             )
             for index in range(len(clips))
         ],
+        fence=output.fence,
     )
-    write_json(output / f"{options.split}.json", report, fence=job.check)
+    output.write_json(f"{options.split}.json", report)
 
 
 def _table(report: dict[str, Any], decoder: Decoder, path: Path) -> str:
