@@ -23,7 +23,7 @@ from trainer.files import FencedFolder
 from trainer.job.rank import find_job
 from trainer.layout import slot_frames
 from trainer.observe.progress import Progress
-from trainer.options import OptionParser
+from trainer.options import FPS, OptionParser
 from trainer.recipe import VIDEO_MODELS
 from trainer.scoring.ctm_stm import CtmRow, StmRow, write_ctm, write_stm
 from trainer.scoring.decoder import Decoder, add_decoder_options, check_decoder_options, open_decoder
@@ -118,7 +118,12 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max_frames_per_microbatch", type=int, default=0, help="memory budget in frames (default: 8 longest clips)"
     )
-    parser.add_argument("--fps", type=float, default=25.0, help="frames per second, for times in the CTM (default: 25)")
+    parser.add_argument(
+        "--fps",
+        type=float,
+        help="frames per second, for times in the CTM (default: as each video file says; of features and folders of "
+        f"frames {FPS:g})",
+    )
     parser.add_argument("--max_wer", type=float, help="exit code 1 if the WER, in percent, is above this")
     add_decoder_options(parser)
     options = parser.parse(argv)
@@ -128,7 +133,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
         for name in ("num_workers", "max_frames_per_microbatch")
         if getattr(options, name) < 0
     ]
-    if not 0 < options.fps < float("inf"):
+    if options.fps is not None and not 0 < options.fps < float("inf"):
         problems.append(f"--fps {options.fps}: expected a number above 0; 25 is usual")
     if problems:
         raise InputError(problems)
@@ -216,15 +221,17 @@ def _write(
     checkpoint: Checkpoint,
 ) -> None:
     """Write the hypotheses as they were decoded (CTM), the references (STM), and the report last."""
-    seconds = checkpoint.recipe.model.total_stride / options.fps
+    # Seconds of an output frame, clip by clip: whoever lays the hypotheses over a video goes by that video's clock.
+    stride = checkpoint.recipe.model.total_stride
+    seconds = [stride / (options.fps or clips.frame_rate(index) or FPS) for index in range(len(clips))]
     write_ctm(
         output.path / f"{options.split}.ctm",
         [
             CtmRow(
                 id=clips.id(index),
                 gloss=checkpoint.vocabulary.decode([emission.label])[0],
-                start=emission.start * seconds,
-                duration=emission.frames * seconds,
+                start=emission.start * seconds[index],
+                duration=emission.frames * seconds[index],
             )
             for index in range(len(clips))
             for emission in emissions[index]
