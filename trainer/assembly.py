@@ -10,7 +10,7 @@ import numpy as np
 from trainer.backbones import load_published, settle_norm
 from trainer.checkpoint.content import Checkpoint, RunState, read_checkpoint
 from trainer.checkpoint.store import CheckpointStore, find_checkpoint, run_folder_of
-from trainer.data.augment import NO_AUGMENTATION, Augmentation
+from trainer.data.augment import augmentation_of
 from trainer.data.cost import FRAMES_ONLY, CostModel, read_cost_model
 from trainer.data.loader import EvaluationLoader, TrainingLoader, make_plan
 from trainer.data.normalization import Normalization
@@ -183,16 +183,6 @@ def make_training_loader(
     recipe: Recipe, corpus: TrainingCorpus, engine: Engine, cost_model: CostModel = FRAMES_ONLY
 ) -> TrainingLoader:
     """Build the loader of the training plan."""
-    c = recipe.corpus
-    strengths = Augmentation(
-        rescale=c.augment_rescale,
-        frame_drop=c.augment_frame_drop,
-        time_mask=c.augment_time_mask,
-        feature_mask=c.augment_feature_mask,
-        noise=c.augment_noise,
-        flip=c.augment_flip,
-        color=c.augment_color,
-    )
     return TrainingLoader(
         split=corpus.train,
         normalization=corpus.normalization,
@@ -200,13 +190,13 @@ def make_training_loader(
             corpus.train,
             total_stride=recipe.model.total_stride,
             seed=recipe.run.seed,
-            augmentation=strengths if c.augment else NO_AUGMENTATION,
+            augmentation=augmentation_of(recipe.corpus),
             mixup_alpha=recipe.objective.mixup_alpha,
             shuffle_window=recipe.batch.shuffle_window,
         ),
         vocabulary=corpus.vocabulary,
         objective=recipe.objective,
-        num_workers=c.num_workers,
+        num_workers=recipe.corpus.num_workers,
         device=engine.device,
         cost_model=cost_model,
     )

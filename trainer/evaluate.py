@@ -9,20 +9,19 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.content import Checkpoint, read_checkpoint
-from trainer.checkpoint.store import find_checkpoint, run_folder_of
+from trainer.checkpoint.content import Checkpoint
+from trainer.checkpoint.store import run_folder_of
 from trainer.checkpoint.trained import restore_trained
 from trainer.data.loader import EvaluationLoader
 from trainer.data.opening import OpenCorpus
 from trainer.data.table import Split
-from trainer.engine import Processes
-from trainer.engine.replicated import ReplicatedEngine
 from trainer.errors import InputError, name_some
 from trainer.exits import Outcome, exit_on_input_error
 from trainer.files import FencedFolder
 from trainer.job.rank import find_job
 from trainer.layout import slot_frames
 from trainer.observe.progress import Progress
+from trainer.opening import corpus_asked_for, open_checkpoint
 from trainer.options import FPS, OptionParser
 from trainer.recipe import VIDEO_MODELS
 from trainer.scoring.ctm_stm import CtmRow, StmRow, write_ctm, write_stm
@@ -41,17 +40,9 @@ def main(argv: Sequence[str] | None = None) -> Outcome:
     options = parse_options(argv)
     with ExitStack() as stack:
         job = find_job()
-        folder = find_checkpoint(options.checkpoint)
-        checkpoint = read_checkpoint(folder, with_optimizer=False)
+        opened = open_checkpoint(options.checkpoint, stack, mixed_precision=options.mixed_precision)
+        folder, checkpoint, engine, progress = opened.folder, opened.checkpoint, opened.engine, opened.progress
         recipe = checkpoint.recipe
-        run = dataclasses.replace(recipe.run, mixed_precision=options.mixed_precision)
-        # Whatever backend trained it: each rank evaluates with the whole model.
-        engine = ReplicatedEngine(Processes(run), run)
-        stack.callback(engine.close)
-        if len(set(engine.gather_objects(str(folder)))) > 1:
-            raise InputError(f"{options.checkpoint}: a run published a checkpoint just now; name one, e.g. {folder}")
-        progress = Progress(enabled=engine.is_main)
-        stack.callback(progress.close)
         clips = engine.together(lambda: _read_clips(options, checkpoint, progress))
         if engine.world_size > len(clips):
             raise InputError(f"{options.split}: {len(clips)} clips for {engine.world_size} ranks; start fewer ranks")
@@ -154,12 +145,7 @@ def _prepare_output(output: FencedFolder) -> None:
 
 def _read_clips(options: argparse.Namespace, checkpoint: Checkpoint, progress: Progress) -> Split:
     """Read the split, and say which of its glosses the vocabulary does not know."""
-    corpus = checkpoint.recipe.corpus
-    if options.data_dir:
-        # Another corpus folder brings its own annotations along, unless the user says where they are.
-        corpus = dataclasses.replace(corpus, data_dir=options.data_dir, annotations=options.annotations or "")
-    elif options.annotations:
-        corpus = dataclasses.replace(corpus, annotations=options.annotations)
+    corpus = corpus_asked_for(checkpoint, options)
     given = {name: value for name in ("cache_dir", "cache_gb") if (value := getattr(options, name)) is not None}
     corpus = dataclasses.replace(corpus, **given)
     if options.allow_missing:
