@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.errors import InputError
 from trainer.exits import exit_on_input_error
-from trainer.options import OptionParser, positive_count, positive_number
+from trainer.options import FPS, OptionParser, positive_count, positive_number
 from trainer.recipe import VIDEO_MODELS, Recipe, combination_problems
 
 # What needs torch is imported once the command line is known to be right.
@@ -198,7 +198,7 @@ def _source_problems(options: argparse.Namespace, rest: Sequence[str], recipe: R
 def add_measuring_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say what clip models are measured on."""
     add = parser.add_argument
-    add("--fps", type=positive_number, default=25.0, help="frames per second of the video (default: 25)")
+    add("--fps", type=positive_number, default=FPS, help=f"frames per second of the video (default: {FPS:g})")
     add(
         "--seconds",
         type=positive_number,

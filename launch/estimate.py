@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from launch.backends import CONFIGURATIONS, MARGIN, Passes, backends, recommend, share_of
 from launch.estimate_table import format_report
-from launch.lengths import Lengths, read_length_table, read_lengths
+from launch.lengths import Lengths, add_length_options, find_lengths, parse_beside_lengths, world_sizes
 from launch.plan import make_plan
 from trainer.errors import InputError
 from trainer.exits import exit_on_input_error
 from trainer.memory.static import StaticMemory
-from trainer.options import OptionParser, positive_count, positive_number
-from trainer.recipe import VIDEO_MODELS, Recipe, combination_problems
+from trainer.options import OptionParser, positive_number
+from trainer.recipe import VIDEO_MODELS, Recipe
 
 
 def main(argv: Sequence[str]) -> int:
     """Print what a recipe needs under each backend; raises `InputError` for a user's mistake."""
     options, recipe = _parse(argv)
-    if options.lengths:
-        lengths = read_length_table(options.lengths, options.feature_dim, options.vocabulary)
-    else:
-        lengths = read_lengths(recipe.corpus)
-    report = make_report(options, recipe, lengths)
+    report = make_report(options, recipe, find_lengths(options, recipe))
     print(json.dumps(report, indent=1, allow_nan=False) if options.json else format_report(report))
     return 0
 
@@ -131,7 +125,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Recipe]:
         "--batch_size, --max_frames_per_microbatch, --mixed_precision, --activation_checkpointing, …",
     )
     add = parser.add_argument
-    add("--world_size", type=_world_sizes, default=[1], metavar="W,W,…", help="numbers of ranks, as in 1,2,8")
+    add("--world_size", type=world_sizes, default=[1], metavar="W,W,…", help="numbers of ranks, as in 1,2,8")
     add(
         "--device",
         choices=("cuda", "cpu"),
@@ -144,9 +138,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Recipe]:
         metavar="G",
         help="memory of each device, in 10^9 bytes: then says what fits",
     )
-    add("--lengths", type=Path, metavar="CSV", help="columns split,num_frames[,num_glosses], in place of a corpus")
-    add("--feature_dim", type=positive_count, metavar="D", help="with --lengths: features per frame")
-    add("--vocabulary", type=positive_count, metavar="V", help="with --lengths: glosses")
+    add_length_options(parser)
     add(
         "--measure",
         action=argparse.BooleanOptionalAction,
@@ -154,26 +146,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Recipe]:
         help="count activations in passes of the real model on this machine's CPU; takes seconds (default on)",
     )
     add("--json", action="store_true", help="print JSON in place of the table")
-    # Imported here: it takes half a second that no other command needs.
-    from trainer.parsing import parse_recipe
-
-    options, rest = parser.parse_beside_recipe(argv)
-    recipe = parse_recipe(rest, parser.prog, check=False, needs_corpus=not options.lengths)
-    problems = []
-    if options.lengths:
-        # Stands in for the corpus, which is then not asked for.
-        corpus = dataclasses.replace(recipe.corpus, data_dir=recipe.corpus.data_dir or str(options.lengths))
-        recipe = dataclasses.replace(recipe, corpus=corpus)
-    elif options.feature_dim or options.vocabulary:
-        problems.append("--feature_dim and --vocabulary: a corpus says these itself; give them with --lengths alone")
-    problems += combination_problems(recipe)
-    if problems:
-        raise InputError(problems)
-    return options, recipe
-
-
-def _world_sizes(text: str) -> list[int]:
-    return [positive_count(part) for part in text.split(",")]
+    return parse_beside_lengths(parser, argv)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""Lengths of a corpus's training clips, for commands that plan and read no features."""
+"""Lengths of a corpus's training clips, for commands that plan and read no features; and what these commands ask."""
 
 from __future__ import annotations
 
+import argparse
 import csv
+import dataclasses
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.errors import InputError
-from trainer.recipe import CorpusRecipe
+from trainer.options import OptionParser, positive_count
+from trainer.recipe import CorpusRecipe, Recipe, combination_problems
 
 _TRAIN = "train"
 
@@ -85,3 +89,43 @@ def read_length_table(path: Path, feature_dim: int | None, vocabulary: int | Non
         feature_dim=feature_dim,
         num_classes=vocabulary + 1 if vocabulary else None,
     )
+
+
+def add_length_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options by which a table of lengths stands in for a corpus."""
+    add = parser.add_argument
+    add("--lengths", type=Path, metavar="CSV", help="columns split,num_frames[,num_glosses], in place of a corpus")
+    add("--feature_dim", type=positive_count, metavar="D", help="with --lengths: features per frame")
+    add("--vocabulary", type=positive_count, metavar="V", help="with --lengths: glosses")
+
+
+def parse_beside_lengths(parser: OptionParser, argv: Sequence[str]) -> tuple[argparse.Namespace, Recipe]:
+    """Parse a command line that holds a recipe's flags and those of `add_length_options`; InputError for a mistake."""
+    # Imported here: it takes half a second that no other command needs.
+    from trainer.parsing import parse_recipe
+
+    options, rest = parser.parse_beside_recipe(argv)
+    recipe = parse_recipe(rest, parser.prog, check=False, needs_corpus=not options.lengths)
+    problems = []
+    if options.lengths:
+        # Stands in for the corpus, which is then not asked for.
+        corpus = dataclasses.replace(recipe.corpus, data_dir=recipe.corpus.data_dir or str(options.lengths))
+        recipe = dataclasses.replace(recipe, corpus=corpus)
+    elif options.feature_dim or options.vocabulary:
+        problems.append("--feature_dim and --vocabulary: a corpus says these itself; give them with --lengths alone")
+    problems += combination_problems(recipe)
+    if problems:
+        raise InputError(problems)
+    return options, recipe
+
+
+def find_lengths(options: argparse.Namespace, recipe: Recipe) -> Lengths:
+    """Read the lengths from the table that the options name, else from the recipe's corpus."""
+    if options.lengths:
+        return read_length_table(options.lengths, options.feature_dim, options.vocabulary)
+    return read_lengths(recipe.corpus)
+
+
+def world_sizes(text: str) -> list[int]:
+    """Read numbers of ranks, `1,2,8`, for argparse's `type`."""
+    return [positive_count(part) for part in text.split(",")]

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from launch.lengths import Lengths, read_length_table, read_lengths
+from launch.lengths import Lengths, add_length_options, find_lengths, parse_beside_lengths, world_sizes
 from trainer.errors import InputError
 from trainer.exits import exit_on_input_error
 from trainer.options import OptionParser, positive_count, positive_number
-from trainer.recipe import Recipe, combination_problems
+from trainer.recipe import Recipe
 
 # What needs torch is imported once the command line is known to be right.
 if TYPE_CHECKING:
@@ -32,18 +32,14 @@ _HEADINGS = (
 def main(argv: Sequence[str]) -> int:
     """Print the plan of a recipe at each world size; raises `InputError` for a user's mistake."""
     options, recipe = _parse(argv)
-    if options.lengths:
-        lengths = read_length_table(options.lengths, options.feature_dim, options.vocabulary)
-    else:
-        lengths = read_lengths(recipe.corpus)
-    report = make_report(options, recipe, lengths)
+    report = make_report(options, recipe, find_lengths(options, recipe))
     print(json.dumps(report, indent=1, allow_nan=False) if options.json else _format(report))
     return 0
 
 
 def make_plan(recipe: Recipe, lengths: Lengths) -> Plan:
     """Build the plan of a run, clips that CTC cannot learn left out as in training."""
-    from trainer.data.augment import NO_AUGMENTATION, Augmentation
+    from trainer.data.augment import augmentation_of
     from trainer.data.plan import Plan
 
     c, stride = recipe.corpus, recipe.model.total_stride
@@ -56,20 +52,13 @@ def make_plan(recipe: Recipe, lengths: Lengths) -> Plan:
                 f"{lengths.source}: no training clip has the output frames CTC needs at total_stride {stride}; lower "
                 "total_stride, or check that glosses and frames belong together"
             )
-    strengths = Augmentation(
-        rescale=c.augment_rescale,
-        frame_drop=c.augment_frame_drop,
-        time_mask=c.augment_time_mask,
-        feature_mask=c.augment_feature_mask,
-        noise=c.augment_noise,
-    )
     return Plan(
         num_frames=lengths.num_frames[chosen],
         min_outputs=lengths.min_outputs[chosen],
         keys=lengths.keys[chosen],
         total_stride=stride,
         seed=recipe.run.seed,
-        augmentation=strengths if c.augment else NO_AUGMENTATION,
+        augmentation=augmentation_of(c),
         mixup_alpha=recipe.objective.mixup_alpha,
         shuffle_window=recipe.batch.shuffle_window,
     )
@@ -233,34 +222,13 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Recipe]:
         "times are predicted too.",
     )
     add = parser.add_argument
-    add("--world_size", type=_world_sizes, required=True, metavar="W,W,…", help="numbers of ranks, as in 8,64,512")
+    add("--world_size", type=world_sizes, required=True, metavar="W,W,…", help="numbers of ranks, as in 8,64,512")
     add("--clips_per_rank", type=positive_count, metavar="N", help="global batch of N clips times the world size")
     add("--epochs_measured", type=positive_count, default=1, metavar="E", help="epochs the means run over (default 1)")
     add("--fabric_gbit", type=positive_number, metavar="G", help="bandwidth of each rank for the all-reduce, in Gbit/s")
-    add("--lengths", type=Path, metavar="CSV", help="columns split,num_frames[,num_glosses], in place of a corpus")
-    add("--feature_dim", type=positive_count, metavar="D", help="with --lengths: features per frame")
-    add("--vocabulary", type=positive_count, metavar="V", help="with --lengths: glosses")
+    add_length_options(parser)
     add("--json", action="store_true", help="print JSON in place of the table")
-    # Imported here: it takes half a second that no other command needs.
-    from trainer.parsing import parse_recipe
-
-    options, rest = parser.parse_beside_recipe(argv)
-    recipe = parse_recipe(rest, parser.prog, check=False, needs_corpus=not options.lengths)
-    problems = []
-    if options.lengths:
-        # Stands in for the corpus, which is then not asked for.
-        corpus = dataclasses.replace(recipe.corpus, data_dir=recipe.corpus.data_dir or str(options.lengths))
-        recipe = dataclasses.replace(recipe, corpus=corpus)
-    elif options.feature_dim or options.vocabulary:
-        problems.append("--feature_dim and --vocabulary: a corpus says these itself; give them with --lengths alone")
-    problems += combination_problems(recipe)
-    if problems:
-        raise InputError(problems)
-    return options, recipe
-
-
-def _world_sizes(text: str) -> list[int]:
-    return [positive_count(part) for part in text.split(",")]
+    return parse_beside_lengths(parser, argv)
 
 
 if __name__ == "__main__":

@@ -11,15 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.errors import InputError
 from trainer.exits import exit_on_input_error
-from trainer.options import OptionParser, positive_number
+from trainer.options import FPS, OptionParser, positive_number
 from trainer.scoring.decoder import Decoder, add_decoder_options, check_decoder_options, open_decoder
 
 # What needs torch is imported once the command line is known to be right.
 if TYPE_CHECKING:
     from trainer.export.recognition import Recognition
-
-FPS = 25.0
-"""Frames per second of clips that do not tell."""
 
 
 def main(argv: Sequence[str]) -> int:

@@ -12,6 +12,7 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from tests.conftest import TINY
+from tests.publishing import publish
 from trainer.data.synthetic import SyntheticSpec, write_corpus
 from trainer.errors import InputError
 from trainer.extract import main as extract
@@ -175,6 +176,45 @@ def test_damaged_or_unfinished_soft_targets(folder: Path, tmp_path: Path) -> Non
     (broken / MANIFEST).unlink()
     (broken / UNDER_WAY).write_text("{}")
     assert "the extraction of these soft targets has not ended" in refusal(folder, tmp_path / "run", *cached)
+
+
+def test_a_copied_checkpoint_goes_on_only_with_a_teacher_whose_features_have_the_same_size(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Away from its run nothing says who its teacher was: only the projection onto that one's features does."""
+    sizes = {"small": "10", "equal": "12", "large": "14"}
+    for name, size in sizes.items():
+        publish(tmp_path / name, folder / "corpus", *TINY, "--rnn_size", size)
+    flags = ["--normalization", "none", "--feature_weight", "0.5", "--warmup_epochs", "0"]
+    flags += ["--max_steps", "2", "--stop_after_steps", "1"]
+    common = ["--data_dir", str(folder / "corpus"), *SHORT, *flags]
+    for name in ("small", "equal"):
+        run = tmp_path / f"taught_{name}"
+        assert train([*common, "--teacher", str(tmp_path / name), "--output_dir", str(run)]) == 0
+        _reset()
+        shutil.copytree(run / "checkpoints" / "step-000000001", tmp_path / "copied" / name)
+    projection = "head.auxiliary.projection.weight"
+    for began, now, shapes in (
+        ("small", "large", "[20, 24] there and [28, 24] with"),
+        ("small", "equal", "[20, 24] there and absent with"),
+        ("equal", "small", "absent there and [20, 24] with"),
+    ):
+        copied = tmp_path / "copied" / began
+        going_on = [*flags, "--resume", str(copied), "--teacher", str(tmp_path / now)]
+        said = refusal(folder, tmp_path / "run", *going_on)
+        _reset()
+        assert f"{copied}: " in said
+        assert f"{projection} is {shapes} this teacher" in said
+        assert "--teacher of the one it began with, or start a new --output_dir with --init_from" in said
+        assert "step 1/" not in capfd.readouterr().out
+    # The first mend that is named, and the second.
+    ends = ["--output_dir", str(tmp_path / "on")]
+    copied = tmp_path / "copied" / "small"
+    assert train([*common, *ends, "--resume", str(copied), "--teacher", str(tmp_path / "small")]) == 0
+    _reset()
+    ends = ["--output_dir", str(tmp_path / "anew")]
+    assert train([*common, *ends, "--init_from", str(copied), "--teacher", str(tmp_path / "large")]) == 0
+    assert f"{projection}, head.auxiliary.projection.bias: for training alone, started fresh" in capfd.readouterr().out
 
 
 def test_a_damaged_teacher(folder: Path, tmp_path: Path) -> None:

@@ -135,9 +135,9 @@ def test_an_online_teacher_and_what_training_alone_needs_are_counted(
 ) -> None:
     student = ["--data_dir", corpus, "--model", "student", "--width", "0.1", "--rnn_size", "16", "--num_workers", "0"]
     alone = report(capsys, *student)
-    teacher = publish(tmp_path / "teacher", corpus, "--width", "0.3", "--rnn_size", "64")
+    teacher = publish(tmp_path / "teacher", corpus, "--width", "0.4", "--rnn_size", "64")
     taught = report(capsys, *student, "--teacher", teacher)
-    weights = report(capsys, "--data_dir", corpus, "--width", "0.3", "--rnn_size", "64", "--no-measure")["parameters"]
+    weights = report(capsys, "--data_dir", corpus, "--width", "0.4", "--rnn_size", "64", "--no-measure")["parameters"]
     assert taught["teacher_bytes"] == 4 * weights > 4 * alone["parameters"]
     assert taught["parameters"] == alone["parameters"]
     rows = {name: found["rows"][0] for name, found in (("alone", alone), ("taught", taught))}

@@ -139,6 +139,7 @@ def make_run(recipe: Recipe, *, num_clips: int, world_size: int) -> TrainingRun:
         stop=nothing,
         relief=nothing,
         distillation=nothing,
+        folder=nothing,
     )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -53,7 +51,7 @@ def test_ctc_learns_what_the_teacher_decodes_with_the_weights_of_the_annotation(
     teacher = Told([[0, 1, 1, 2, 0, 2], [3, 3], [0, 0, 0]], total_stride=4)
     cell = make_cell([24, 7, 9], [[3, 3], [1], [4]])
     recipe = DistillationRecipe(teacher="told", distill_labels=labels)  # type: ignore[arg-type]
-    distillation = Distillation(teacher, recipe, total_stride=4, run_dir=Path("unused"))
+    distillation = Distillation(teacher, recipe, total_stride=4)
     found = distillation.labels(cell, distillation.targets(cell))
     assert [part.tolist() for part in found.classes.split(found.lengths.tolist())] == expected
     assert torch.equal(found.weights, cell.labels.weights)
@@ -66,7 +64,7 @@ def test_what_a_finer_teacher_decodes_fits_into_the_students_frames(stride: int)
     paths = [draws.integers(0, CLASSES, -(-length // stride)).tolist() for length in frames]
     cell = make_cell(frames, [[3, 3], [1], [4]])
     recipe = DistillationRecipe(teacher="told", distill_labels="teacher")
-    distillation = Distillation(Told(paths, stride), recipe, total_stride=4, run_dir=Path("unused"))
+    distillation = Distillation(Told(paths, stride), recipe, total_stride=4)
     found = distillation.labels(cell, distillation.targets(cell))
     logits = torch.zeros(sum(cell.layout.output_lengths), CLASSES)
     assert bool(ctc_losses(float32_log_probs(logits), cell.layout.output_lengths, found).isfinite().all())

@@ -142,6 +142,36 @@ def test_the_model_of_one_clip_computes_what_the_trainer_computes(model: str, to
             assert alone(torch.from_numpy(frames)).numpy() == pytest.approx(own.scores(frames), abs=1e-5)
 
 
+def test_an_evaluation_times_each_clip_as_its_file_says_unless_it_is_told(
+    run: Path, videos: Path, tmp_path: Path
+) -> None:
+    """The same frames in a file of twice the rate pass in half the time; folders of frames have no clock of theirs."""
+    corpora = {rate: annotate(tmp_path / str(rate), ["a|a|S1|P Q R", "c|c.mkv|S1|U P"]) for rate in (25, 50)}
+    for rate, folder in corpora.items():
+        (folder / "a").symlink_to(videos / "a")
+        # Without loss, so that the frames are the same to the bit.
+        write_video(folder / "c.mkv", draw(LENGTHS[2], 5), rate=rate, codec="ffv1")
+
+    def times(data_dir: Path, *flags: str) -> dict[str, list[tuple[float, float]]]:
+        out = ["--data_dir", str(data_dir), "--output_dir", str(tmp_path / "out")]
+        evaluate(["--checkpoint", str(run), "--split", "dev", *out, *flags])
+        found: dict[str, list[tuple[float, float]]] = {}
+        for line in (tmp_path / "out" / "dev.ctm").read_text().splitlines():
+            if not line.startswith(";;"):
+                clip, _, start, duration, _ = line.split()
+                found.setdefault(clip, []).append((float(start), float(duration)))
+        return found
+
+    def halved(clip: list[tuple[float, float]]) -> list[tuple[float, float]]:
+        return [(start / 2, duration / 2) for start, duration in clip]
+
+    slow = times(corpora[25])
+    assert slow.keys() == {"a", "c"}
+    assert times(corpora[50]) == {"a": slow["a"], "c": halved(slow["c"])}
+    assert times(corpora[50], "--fps", "25") == slow
+    assert times(corpora[25], "--fps", "50") == {name: halved(clip) for name, clip in slow.items()}
+
+
 def test_predictions_are_those_of_the_evaluation_with_times_as_the_video_says(
     run: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from trainer.backbones import load_published, settle_norm
 from trainer.checkpoint.content import Checkpoint, RunState, read_checkpoint
 from trainer.checkpoint.store import CheckpointStore, find_checkpoint, run_folder_of
-from trainer.data.augment import NO_AUGMENTATION, Augmentation
+from trainer.data.augment import augmentation_of
 from trainer.data.cost import FRAMES_ONLY, CostModel, read_cost_model
 from trainer.data.loader import EvaluationLoader, TrainingLoader, make_plan
 from trainer.data.normalization import Normalization
@@ -20,6 +20,7 @@ from trainer.data.vocabulary import BLANK
 from trainer.distillation_sources import adopt_normalization, make_distillation, open_source
 from trainer.engine import Engine
 from trainer.errors import InputError, name_some
+from trainer.files import FencedFolder
 from trainer.job.rank import NO_JOB, Job, NoJob
 from trainer.loop import TrainingRun
 from trainer.loss import StepLoss
@@ -40,6 +41,7 @@ def build_run(
     """Check all input, then put the parts together; the run directory is written to only once all is right."""
     recipe = with_absolute_paths(recipe)
     run_dir = Path(recipe.run.output_dir)
+    folder = FencedFolder(run_dir, job.check)
     store = CheckpointStore(run_dir, keep=recipe.run.keep_checkpoints, job=job)
     existed = engine.on_main(lambda: _enter(recipe, job, progress))
     path, goes_on = engine.on_main(lambda: _find_start(recipe, store, progress, existed=existed))
@@ -71,6 +73,8 @@ def build_run(
     # Drawn last, so that a model starts from the same weights with and without.
     StepLoss(objective=recipe.objective, distillation=distillation).equip(model)
     if start is not None:
+        if resumed is not None:
+            _check_auxiliary(model, resumed, where=str(path))
         _load_start(model, start, corpus, progress, where=str(path))
     elif said := load_published(model, recipe, engine):
         progress.say(said)
@@ -86,7 +90,7 @@ def build_run(
     state.num_clips, state.world_size = len(corpus.train), engine.world_size
     state.clips_hash, state.files_hash = corpus.clips_hash, corpus.files_hash
     engine.on_main(lambda: _begin_writing(recipe, engine, job, progress, existed=existed))
-    engine.on_main(distillation.record)
+    engine.on_main(lambda: distillation.record(folder))
     if not engine.on_main(lambda: store.go_back_to(state, progress.say)):
         # The best checkpoint went with the steps that were lost: the next validation is the best one again.
         state.best = state.best_step = None
@@ -98,12 +102,11 @@ def build_run(
     )
     trackers = (
         open_trackers(
-            run_dir,
+            folder,
             recipe.run.trackers,
             after_step=state.step if resumed else -1,
             project=recipe.run.wandb_project,
             recipe=recipe.flat(),
-            fence=job.check,
         )
         if engine.is_main
         else []
@@ -120,9 +123,9 @@ def build_run(
         trackers=trackers,
         progress=progress,
         stop=stop,
-        relief=Relief(engine, recipe, trackers, progress.say),
+        relief=Relief(engine, recipe, folder, trackers, progress.say),
         distillation=distillation,
-        job=job,
+        folder=folder,
     )
 
 
@@ -142,9 +145,10 @@ def _begin_writing(recipe: Recipe, engine: Engine, job: Job | NoJob, progress: P
     job.check_run(run_dir)
     make_folder(run_dir)
     job.take_run(run_dir, progress.say)
+    FencedFolder(run_dir, job.check).clear()
     if not existed and claim(recipe):
         raise InputError(f"{run_dir}: another command has begun this run meanwhile; give yours again")
-    record(recipe, world_size=engine.world_size, device=str(engine.device))
+    record(recipe, world_size=engine.world_size, device=str(engine.device), fence=job.check)
 
 
 def _check_same_objective(stored: Recipe, recipe: Recipe, where: str) -> None:
@@ -179,16 +183,6 @@ def make_training_loader(
     recipe: Recipe, corpus: TrainingCorpus, engine: Engine, cost_model: CostModel = FRAMES_ONLY
 ) -> TrainingLoader:
     """Build the loader of the training plan."""
-    c = recipe.corpus
-    strengths = Augmentation(
-        rescale=c.augment_rescale,
-        frame_drop=c.augment_frame_drop,
-        time_mask=c.augment_time_mask,
-        feature_mask=c.augment_feature_mask,
-        noise=c.augment_noise,
-        flip=c.augment_flip,
-        color=c.augment_color,
-    )
     return TrainingLoader(
         split=corpus.train,
         normalization=corpus.normalization,
@@ -196,13 +190,13 @@ def make_training_loader(
             corpus.train,
             total_stride=recipe.model.total_stride,
             seed=recipe.run.seed,
-            augmentation=strengths if c.augment else NO_AUGMENTATION,
+            augmentation=augmentation_of(recipe.corpus),
             mixup_alpha=recipe.objective.mixup_alpha,
             shuffle_window=recipe.batch.shuffle_window,
         ),
         vocabulary=corpus.vocabulary,
         objective=recipe.objective,
-        num_workers=c.num_workers,
+        num_workers=recipe.corpus.num_workers,
         device=engine.device,
         cost_model=cost_model,
     )
@@ -288,6 +282,29 @@ def _check_corpus(
     batch = recipe.global_batch_size(engine.world_size)
     if engine.world_size > batch:
         progress.say(f"warning: a global batch of {batch} clips leaves {engine.world_size - batch} ranks idle")
+
+
+def _check_auxiliary(model: Recognizer, resumed: Checkpoint, *, where: str) -> None:
+    """Refuse to go on where what training alone adds to the model has another shape, or is not there.
+
+    The recipe is the checkpoint's, so that only another teacher can be behind it: its features are of another size. A
+    copied checkpoint has no record of its teacher beside it, which would tell it otherwise.
+    """
+    own, stored = (
+        {name: list(weight.shape) for name, weight in weights.items() if name.startswith(AUXILIARY)}
+        for weights in (model.state_dict(), resumed.model)
+    )
+    differing = [
+        f"{name} is {stored.get(name, 'absent')} there and {own.get(name, 'absent')} with this teacher"
+        for name in sorted(own | stored)
+        if own.get(name) != stored.get(name)
+    ]
+    if differing:
+        raise InputError(
+            f"{where}: {'; '.join(differing)}; the run learns from a teacher whose features are of another size: go on "
+            "with --teacher of the one it began with, or start a new --output_dir with --init_from in place of "
+            "--resume, which keeps the other weights"
+        )
 
 
 def _load_start(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.batch import Labels, MicroBatch
-from trainer.files import write_json
+from trainer.files import FencedFolder
 from trainer.layout import TimeLayout, lay_out
 from trainer.models.temporal_head import Outputs
 from trainer.objectives.ctc import float32_log_probs
@@ -108,7 +107,7 @@ class Undistilled:
         """Return nothing to add."""
         return []
 
-    def record(self) -> None:
+    def record(self, folder: FencedFolder) -> None:
         """Write nothing."""
 
     def verdict(self, student_wer: float | None) -> str:
@@ -119,12 +118,12 @@ class Undistilled:
 class Distillation:
     """The teacher's part in the loss of a step."""
 
-    def __init__(self, source: Source, recipe: DistillationRecipe, *, total_stride: int, run_dir: Path) -> None:
+    def __init__(self, source: Source, recipe: DistillationRecipe, *, total_stride: int) -> None:
         """Take the teacher of a student of `total_stride`."""
         self.source, self.alpha = source, float(recipe.distill_alpha)
         self._temperature, self._blank_weight = float(recipe.distill_temperature), float(recipe.distill_blank_weight)
         self._decodes = recipe.distill_labels == "teacher"
-        self._stride, self._ratio, self._run_dir = total_stride, recipe.target_ratio, run_dir
+        self._stride, self._ratio = total_stride, recipe.target_ratio
         self._feature_weight = float(recipe.feature_weight)
         self.ctc_weight, self.compares_features = 1.0 - self.alpha, self._feature_weight > 0
         self.term_names = (DISTILLATION_LOSS, *([FEATURE_LOSS] if self.compares_features else []))
@@ -205,8 +204,8 @@ class Distillation:
         said = "met" if met else "NOT met"
         return f"; target dev WER {limit:.2f} % ({ratio:g} x the teacher's {wer:.2f} %) {said} with {student_wer:.2f} %"
 
-    def record(self) -> None:
+    def record(self, folder: FencedFolder) -> None:
         """Write who the teacher is into the run directory, on rank 0."""
         source = self.source
         facts = {"teacher": source.fingerprint, "where": source.where, "wer": source.wer, "protocol": source.protocol}
-        write_json(self._run_dir / RECORD, facts)
+        folder.write_json(RECORD, facts)

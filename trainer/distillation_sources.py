@@ -233,9 +233,7 @@ def make_distillation(
     if source is None:
         return Undistilled(recipe.distillation.target_ratio)
     source.check(corpus, recipe, engine, progress)
-    return Distillation(
-        source, recipe.distillation, total_stride=recipe.model.total_stride, run_dir=Path(recipe.run.output_dir)
-    )
+    return Distillation(source, recipe.distillation, total_stride=recipe.model.total_stride)
 
 
 def evaluation_loader(

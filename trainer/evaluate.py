@@ -9,21 +9,20 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.content import Checkpoint, read_checkpoint
-from trainer.checkpoint.store import find_checkpoint, run_folder_of
+from trainer.checkpoint.content import Checkpoint
+from trainer.checkpoint.store import run_folder_of
 from trainer.checkpoint.trained import restore_trained
 from trainer.data.loader import EvaluationLoader
 from trainer.data.opening import OpenCorpus
 from trainer.data.table import Split
-from trainer.engine import Processes
-from trainer.engine.replicated import ReplicatedEngine
 from trainer.errors import InputError, name_some
 from trainer.exits import Outcome, exit_on_input_error
-from trainer.files import write_json
-from trainer.job.rank import Job, NoJob, find_job
+from trainer.files import FencedFolder
+from trainer.job.rank import find_job
 from trainer.layout import slot_frames
 from trainer.observe.progress import Progress
-from trainer.options import OptionParser
+from trainer.opening import corpus_asked_for, open_checkpoint
+from trainer.options import FPS, OptionParser
 from trainer.recipe import VIDEO_MODELS
 from trainer.scoring.ctm_stm import CtmRow, StmRow, write_ctm, write_stm
 from trainer.scoring.decoder import Decoder, add_decoder_options, check_decoder_options, open_decoder
@@ -33,6 +32,7 @@ from trainer.signals import StopRequest
 from trainer.validation import Evaluation, evaluate
 
 _CLIPS_PER_CELL = 8
+_PROBE = ".probe.json"
 
 
 def main(argv: Sequence[str] | None = None) -> Outcome:
@@ -40,22 +40,14 @@ def main(argv: Sequence[str] | None = None) -> Outcome:
     options = parse_options(argv)
     with ExitStack() as stack:
         job = find_job()
-        folder = find_checkpoint(options.checkpoint)
-        checkpoint = read_checkpoint(folder, with_optimizer=False)
+        opened = open_checkpoint(options.checkpoint, stack, mixed_precision=options.mixed_precision)
+        folder, checkpoint, engine, progress = opened.folder, opened.checkpoint, opened.engine, opened.progress
         recipe = checkpoint.recipe
-        run = dataclasses.replace(recipe.run, mixed_precision=options.mixed_precision)
-        # Whatever backend trained it: each rank evaluates with the whole model.
-        engine = ReplicatedEngine(Processes(run), run)
-        stack.callback(engine.close)
-        if len(set(engine.gather_objects(str(folder)))) > 1:
-            raise InputError(f"{options.checkpoint}: a run published a checkpoint just now; name one, e.g. {folder}")
-        progress = Progress(enabled=engine.is_main)
-        stack.callback(progress.close)
         clips = engine.together(lambda: _read_clips(options, checkpoint, progress))
         if engine.world_size > len(clips):
             raise InputError(f"{options.split}: {len(clips)} clips for {engine.world_size} ranks; start fewer ranks")
         decoder = engine.together(lambda: open_decoder(options, checkpoint.vocabulary.glosses, progress.say))
-        output = options.output_dir or _default_output(folder)
+        output = FencedFolder(options.output_dir or _default_output(folder), job.check)
         engine.on_main(lambda: _prepare_output(output))
         engine.prepare(restore_trained(checkpoint, str(folder)), None)
         loader = EvaluationLoader(
@@ -86,8 +78,8 @@ def main(argv: Sequence[str] | None = None) -> Outcome:
             return Outcome(1, said, word="RESUME")
         emissions = {index: found for part in engine.gather_objects(result.emissions) for index, found in part.items()}
         report = _report(options, folder, checkpoint, clips, result, protocol, decoder)
-        engine.on_main(lambda: _write(output, report, options, clips, emissions, checkpoint, job))
-        progress.say(_table(report, decoder, output / f"{options.split}.json"))
+        engine.on_main(lambda: _write(output, report, options, clips, emissions, checkpoint))
+        progress.say(_table(report, decoder, output.path / f"{options.split}.json"))
         exceeded = options.max_wer is not None and not result.counts.wer <= options.max_wer
         wer = f"{result.counts.wer:.2f} %" if report["wer"] is not None else "undefined"
         said = f"WER of {options.split} {wer}" + f", not at most {options.max_wer} %" * exceeded
@@ -117,7 +109,12 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max_frames_per_microbatch", type=int, default=0, help="memory budget in frames (default: 8 longest clips)"
     )
-    parser.add_argument("--fps", type=float, default=25.0, help="frames per second, for times in the CTM (default: 25)")
+    parser.add_argument(
+        "--fps",
+        type=float,
+        help="frames per second, for times in the CTM (default: as each video file says; of features and folders of "
+        f"frames {FPS:g})",
+    )
     parser.add_argument("--max_wer", type=float, help="exit code 1 if the WER, in percent, is above this")
     add_decoder_options(parser)
     options = parser.parse(argv)
@@ -127,31 +124,28 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
         for name in ("num_workers", "max_frames_per_microbatch")
         if getattr(options, name) < 0
     ]
-    if not 0 < options.fps < float("inf"):
+    if options.fps is not None and not 0 < options.fps < float("inf"):
         problems.append(f"--fps {options.fps}: expected a number above 0; 25 is usual")
     if problems:
         raise InputError(problems)
     return options
 
 
-def _prepare_output(output: Path) -> None:
+def _prepare_output(output: FencedFolder) -> None:
     """Make the output folder, and see that it can be written to, before anything is computed."""
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(probe := output / ".probe.json", {})
-        probe.unlink()
+        output.path.mkdir(parents=True, exist_ok=True)
+        output.write_json(_PROBE, {})
+        output.remove(_PROBE)
     except OSError as error:
-        raise InputError(f"{output}: cannot be written to ({error.strerror}); choose another --output_dir") from error
+        raise InputError(
+            f"{output.path}: cannot be written to ({error.strerror}); choose another --output_dir"
+        ) from error
 
 
 def _read_clips(options: argparse.Namespace, checkpoint: Checkpoint, progress: Progress) -> Split:
     """Read the split, and say which of its glosses the vocabulary does not know."""
-    corpus = checkpoint.recipe.corpus
-    if options.data_dir:
-        # Another corpus folder brings its own annotations along, unless the user says where they are.
-        corpus = dataclasses.replace(corpus, data_dir=options.data_dir, annotations=options.annotations or "")
-    elif options.annotations:
-        corpus = dataclasses.replace(corpus, annotations=options.annotations)
+    corpus = corpus_asked_for(checkpoint, options)
     given = {name: value for name in ("cache_dir", "cache_gb") if (value := getattr(options, name)) is not None}
     corpus = dataclasses.replace(corpus, **given)
     if options.allow_missing:
@@ -205,32 +199,33 @@ def _report(
 
 
 def _write(
-    output: Path,
+    output: FencedFolder,
     report: dict[str, Any],
     options: argparse.Namespace,
     clips: Split,
     emissions: dict[int, list[Emission]],
     checkpoint: Checkpoint,
-    job: Job | NoJob,
 ) -> None:
     """Write the hypotheses as they were decoded (CTM), the references (STM), and the report last."""
-    job.check()
-    seconds = checkpoint.recipe.model.total_stride / options.fps
+    # Seconds of an output frame, clip by clip: whoever lays the hypotheses over a video goes by that video's clock.
+    stride = checkpoint.recipe.model.total_stride
+    seconds = [stride / (options.fps or clips.frame_rate(index) or FPS) for index in range(len(clips))]
     write_ctm(
-        output / f"{options.split}.ctm",
+        output.path / f"{options.split}.ctm",
         [
             CtmRow(
                 id=clips.id(index),
                 gloss=checkpoint.vocabulary.decode([emission.label])[0],
-                start=emission.start * seconds,
-                duration=emission.frames * seconds,
+                start=emission.start * seconds[index],
+                duration=emission.frames * seconds[index],
             )
             for index in range(len(clips))
             for emission in emissions[index]
         ],
+        fence=output.fence,
     )
     write_stm(
-        output / f"{options.split}.stm",
+        output.path / f"{options.split}.stm",
         [
             StmRow(
                 id=clips.id(index),
@@ -239,8 +234,9 @@ def _write(
             )
             for index in range(len(clips))
         ],
+        fence=output.fence,
     )
-    write_json(output / f"{options.split}.json", report, fence=job.check)
+    output.write_json(f"{options.split}.json", report)
 
 
 def _table(report: dict[str, Any], decoder: Decoder, path: Path) -> str:

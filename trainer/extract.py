@@ -7,7 +7,6 @@ killed goes on where it was when the same command is given again, on as many ran
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -17,19 +16,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.checkpoint.content import Checkpoint, read_checkpoint
-from trainer.checkpoint.store import find_checkpoint, run_folder_of
+from trainer.checkpoint.content import Checkpoint
+from trainer.checkpoint.store import run_folder_of
 from trainer.checkpoint.trained import restore_trained
 from trainer.data.opening import OpenCorpus
 from trainer.data.table import Split
 from trainer.distillation_sources import evaluation_loader, measure_wer
-from trainer.engine import Processes
 from trainer.engine.replicated import ReplicatedEngine
 from trainer.errors import InputError
 from trainer.exits import Outcome, exit_on_input_error
 from trainer.job.rank import find_job
 from trainer.objectives.ctc import float32_log_probs
 from trainer.observe.progress import Progress
+from trainer.opening import corpus_asked_for, open_checkpoint
 from trainer.options import OptionParser
 from trainer.recipe import VIDEO_MODELS
 from trainer.signals import StopRequest
@@ -54,21 +53,11 @@ def main(argv: Sequence[str] | None = None) -> Outcome:
     options = parse_options(argv)
     with ExitStack() as stack:
         owner = find_job()
-        folder = find_checkpoint(options.checkpoint)
-        checkpoint = read_checkpoint(folder, with_optimizer=False)
-        run = dataclasses.replace(
-            checkpoint.recipe.run,
-            mixed_precision=options.mixed_precision,
-            compile=False,
-            activation_checkpointing=False,
-        )
-        engine = ReplicatedEngine(Processes(run), run)
-        stack.callback(engine.close)
-        if len(set(engine.gather_objects(str(folder)))) > 1:
-            raise InputError(f"{options.checkpoint}: a run published a checkpoint just now; name one, e.g. {folder}")
-        progress = Progress(enabled=engine.is_main)
-        stack.callback(progress.close)
-        corpus = _corpus(options, checkpoint, progress)
+        as_run = {"mixed_precision": options.mixed_precision, "compile": False, "activation_checkpointing": False}
+        opened = open_checkpoint(options.checkpoint, stack, **as_run)
+        folder, checkpoint, engine, progress = opened.folder, opened.checkpoint, opened.engine, opened.progress
+        is_video = checkpoint.recipe.model.model in VIDEO_MODELS
+        corpus = OpenCorpus(corpus_asked_for(checkpoint, options), progress.say, video=is_video)
         clips = engine.together(lambda: corpus.split(options.split, expected_dim=checkpoint.normalization.feature_dim))
         job = engine.on_main(lambda: _describe(options, folder, checkpoint, clips))
         output = options.output or _default_output(folder, options.split)
@@ -141,15 +130,6 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     if problems:
         raise InputError(problems)
     return options
-
-
-def _corpus(options: argparse.Namespace, checkpoint: Checkpoint, progress: Progress) -> OpenCorpus:
-    recipe = checkpoint.recipe.corpus
-    if options.data_dir:
-        recipe = dataclasses.replace(recipe, data_dir=options.data_dir, annotations=options.annotations or "")
-    elif options.annotations:
-        recipe = dataclasses.replace(recipe, annotations=options.annotations)
-    return OpenCorpus(recipe, progress.say, video=checkpoint.recipe.model.model in VIDEO_MODELS)
 
 
 def _default_output(folder: Path, split: str) -> Path:

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +23,7 @@ from trainer.engine import Engine
 from trainer.engine.engine import count_graphs
 from trainer.errors import name_some
 from trainer.exits import Outcome
-from trainer.files import write_json
-from trainer.job.rank import NO_JOB, Job, NoJob
+from trainer.files import FencedFolder
 from trainer.layout import slot_frames
 from trainer.loss import StepLoss
 from trainer.memory.budget import FrameBudget
@@ -61,7 +59,7 @@ class TrainingRun:
     stop: StopRequest
     relief: Relief
     distillation: Distillation | Undistilled
-    job: Job | NoJob = NO_JOB
+    folder: FencedFolder
 
     def __post_init__(self) -> None:
         run = self.recipe.run
@@ -73,7 +71,7 @@ class TrainingRun:
             self.engine,
             self.loader,
             recipe=self.recipe,
-            run_dir=Path(run.output_dir),
+            folder=self.folder,
             say=self.progress.say,
             distillation=self.distillation,
         )
@@ -84,7 +82,7 @@ class TrainingRun:
         self.total_epochs = whole + min(1.0, rest * self.batch_size / self.num_clips)
         self.first_step = self.state.step
         self.saved_step = self.state.step
-        self.skips = Skips(self.engine, self.loader, Path(run.output_dir), self.progress.say)
+        self.skips = Skips(self.engine, self.loader, self.folder, self.progress.say)
         self.costs = CostFitter()
 
     def run(self) -> Outcome:
@@ -319,7 +317,7 @@ class TrainingRun:
     def _publish(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], is_best: bool) -> None:
         fitted = self.costs.fit()
         if fitted is not None:
-            write_json(Path(self.recipe.run.output_dir) / COST_MODEL, fitted.to_json(), fence=self.job.check)
+            self.folder.write_json(COST_MODEL, fitted.to_json())
         self.store.publish(
             Checkpoint(
                 recipe=self.recipe,

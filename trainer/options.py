@@ -10,6 +10,9 @@ from typing import Any, NoReturn
 
 from trainer.errors import InputError
 
+FPS = 25.0
+"""Frames per second of clips, where neither the user nor a file tells."""
+
 
 class OptionParser(argparse.ArgumentParser):
     """An argument parser that raises `InputError`, and names the nearest option for one it does not know."""

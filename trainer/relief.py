@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -14,7 +13,7 @@ from trainer.data.batch import MicroBatch
 from trainer.data.loader import StepShare, TrainingLoader
 from trainer.engine import Engine
 from trainer.errors import TrainingFailedError
-from trainer.files import write_json
+from trainer.files import FencedFolder
 from trainer.memory.budget import FrameBudget
 from trainer.memory.exhaustion import memory_figures
 from trainer.memory.ladder import CHECKPOINTING, SMALLER_BUDGET, Descent, Rung, Watch, next_rung, rungs_taken
@@ -33,9 +32,16 @@ _OPTIONS_OF_UPDATES = "use more ranks, a smaller model (--width, --rnn_size), or
 class Relief:
     """What a run does about memory, on all ranks alike."""
 
-    def __init__(self, engine: Engine, recipe: Recipe, trackers: Sequence[Tracker], say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        recipe: Recipe,
+        folder: FencedFolder,
+        trackers: Sequence[Tracker],
+        say: Callable[[str], None],
+    ) -> None:
         """Go on below the rungs that this launch has come down already, and log the last one."""
-        self._engine, self._recipe, self._trackers, self._say = engine, recipe, trackers, say
+        self._engine, self._recipe, self._folder, self._trackers, self._say = engine, recipe, folder, trackers, say
         self._taken = rungs_taken()
         self._watch = Watch(engine.world_size)
         if self._taken and engine.is_main:
@@ -101,9 +107,9 @@ class Relief:
         line = {"step": step, "epoch": epoch, **event, **memory_figures(self._engine.device)}
         for tracker in self._trackers:
             tracker.log(line)
-        path = Path(self._recipe.run.output_dir) / EVENTS
+        path = self._folder.path / EVENTS
         earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        write_json(path, [*earlier, line])
+        self._folder.write_json(EVENTS, [*earlier, line])
 
 
 class Reload:

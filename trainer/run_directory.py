@@ -8,12 +8,13 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import InputError
-from trainer.files import write_json, write_text
+from trainer.files import FencedFolder, unfenced
 from trainer.parsing import dump_recipe, load_recipe
 from trainer.recipe import FREE_ON_RESUME, Recipe
 
@@ -64,17 +65,18 @@ def check_same_recipe(stored: Recipe, asked: Recipe, where: str) -> None:
         raise InputError(changed)
 
 
-def record(recipe: Recipe, *, world_size: int, device: str) -> None:
+def record(recipe: Recipe, *, world_size: int, device: str, fence: Callable[[], None] = unfenced) -> None:
     """Write the resolved recipe, and add this attempt to the record of environments."""
     folder = Path(recipe.run.output_dir)
+    run = FencedFolder(folder, fence)
     make_folder(folder)
     try:
         if not (folder / RECIPE).exists():
-            write_text(folder / RECIPE, dump_recipe(recipe))
+            run.write_text(RECIPE, dump_recipe(recipe))
         attempts: list[dict[str, Any]] = []
         if (folder / ENVIRONMENT).exists():
             attempts = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
-        write_json(folder / ENVIRONMENT, [*attempts, describe_environment(world_size, device)])
+        run.write_json(ENVIRONMENT, [*attempts, describe_environment(world_size, device)])
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another --output_dir") from error
 

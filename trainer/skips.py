@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from trainer.checkpoint.content import RunState
 from trainer.data.loader import StepShare, TrainingLoader
 from trainer.engine import Engine
 from trainer.errors import TrainingFailedError, name_some
-from trainer.files import write_json
+from trainer.files import FencedFolder
 from trainer.relief import Reload
 from trainer.step import StepOutcome
 
+NOT_FINITE = "not_finite.json"
 _MOST_IN_A_ROW = 10
 
 
 class Skips:
     """What a run says and counts about steps that were not applied, on all ranks alike."""
 
-    def __init__(self, engine: Engine, loader: TrainingLoader, run_dir: Path, say: Callable[[str], None]) -> None:
-        self._engine, self._loader, self._run_dir, self._say = engine, loader, run_dir, say
+    def __init__(
+        self, engine: Engine, loader: TrainingLoader, folder: FencedFolder, say: Callable[[str], None]
+    ) -> None:
+        self._engine, self._loader, self._folder, self._say = engine, loader, folder, say
         self._in_a_row = 0
 
     def note(self, share: StepShare, outcome: StepOutcome, state: RunState) -> None:
@@ -42,11 +44,10 @@ class Skips:
         names = name_some(suspects) if suspects else "none alone has a loss that is not finite"
         self._say(f"step {step}: gradient not finite, skipped on all ranks; clips: {names}")
         if self._in_a_row >= _MOST_IN_A_ROW:
-            path = self._run_dir / "not_finite.json"
-            self._engine.on_main(lambda: write_json(path, {"step": step, "clips": suspects}))
+            self._engine.on_main(lambda: self._folder.write_json(NOT_FINITE, {"step": step, "clips": suspects}))
             raise TrainingFailedError(
                 f"{self._in_a_row} steps in a row had a gradient that is not finite (clips of the last: {names}; "
-                f"all in {path}); lower --learning_rate, or look at these clips"
+                f"all in {self._folder.path / NOT_FINITE}); lower --learning_rate, or look at these clips"
             )
 
     def _report_overflow(self, share: StepShare, step: int) -> None:

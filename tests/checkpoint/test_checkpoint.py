@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import trainer
+from trainer import files
 from trainer.checkpoint import content, store
 from trainer.checkpoint.content import Checkpoint, RunState, read_checkpoint
 from trainer.checkpoint.manifest import MANIFEST, find_damage, write_manifest
@@ -256,7 +257,7 @@ def crash(*_: Any, **__: Any) -> None:
 
 
 def crash_in_pointer(name: str) -> Callable[[Path, Any], None]:
-    real = store.write_json
+    real = files.write_json
 
     def write_or_crash(path: Path, value: Any, **more: Any) -> None:
         if path.name == name:
@@ -317,7 +318,7 @@ def test_a_crash_between_publishing_and_pointing_loses_neither_the_new_nor_the_o
     checkpoints = CheckpointStore(tmp_path, keep=1)
     publish(checkpoints, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(store, "write_json", crash_in_pointer(pointer))
+        patch.setattr(files, "write_json", crash_in_pointer(pointer))
         with pytest.raises(KeyboardInterrupt):
             publish(checkpoints, 2)
     assert checkpoints.steps() == [2, 1]
@@ -333,7 +334,7 @@ def test_the_best_checkpoint_survives_a_crash_before_it_was_pointed_to(
     checkpoints = CheckpointStore(tmp_path, keep=1)
     publish(checkpoints, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(store, "write_json", crash_in_pointer(pointer))
+        patch.setattr(files, "write_json", crash_in_pointer(pointer))
         with pytest.raises(KeyboardInterrupt):
             publish(checkpoints, 2)
     # The run goes on from step 2, whose state says that step 2 is the best, and finds nothing better.

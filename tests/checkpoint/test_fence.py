@@ -18,6 +18,7 @@ from trainer.checkpoint.store import CheckpointStore
 from trainer.data.normalization import Normalization
 from trainer.data.vocabulary import Vocabulary
 from trainer.errors import TrainingFailedError
+from trainer.files import FencedFolder
 from trainer.job.directory import AttemptRecord, JobDirectory
 from trainer.job.rank import Job
 from trainer.observe.trackers import METRICS, JsonLines
@@ -121,13 +122,13 @@ def test_attempts_write_aside_under_names_of_their_own(
 
 def test_no_line_of_metrics_is_added(tmp_path: Path) -> None:
     job = begin(tmp_path, "7.0")
-    lines = JsonLines(tmp_path / METRICS, after_step=-1, fence=job.check)
+    lines = JsonLines(FencedFolder(tmp_path, job.check), after_step=-1)
     lines.log({"step": 1, "epoch": 0})
     begin(tmp_path, "7.1")
     with pytest.raises(TrainingFailedError, match="taken over"):
         lines.log({"step": 2, "epoch": 0})
     with pytest.raises(TrainingFailedError, match="taken over"):
-        JsonLines(tmp_path / METRICS, after_step=0, fence=job.check)
+        JsonLines(FencedFolder(tmp_path, job.check), after_step=0)
     assert [json.loads(line)["step"] for line in (tmp_path / METRICS).read_text().splitlines()] == [1]
 
 

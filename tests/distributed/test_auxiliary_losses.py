@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.conftest import column, launch, train
+from tests.conftest import column, launch, train, weights
 from tests.distributed import backends
 
 VAC = ["--visual_ctc_weight", "0.7", "--alignment_weight", "2", "--alignment_temperature", "4"]
@@ -18,6 +20,7 @@ SHORT = [
 ]
 WHOLE = ["--augment", "true", "--mixup_alpha", "0.4", "--dropout", "0.3", "--label_smoothing", "0.1"]
 TERMS = ("ctc_loss", "distillation_loss", "feature_loss", "visual_ctc_loss", "alignment_loss")
+PARTS = [(name, kind) for name in ("visual", "projection") for kind in ("weight", "bias")]
 EVERYTHING, SOME = "100000", "150"
 
 
@@ -89,3 +92,35 @@ def test_sharded_backends_follow_it(corpus: Path, tmp_path: Path, teacher: Path,
     for name in ("loss", "feature_loss", "visual_ctc_loss", "alignment_loss"):
         expected = column(tmp_path / "whole", f"train/{name}")
         np.testing.assert_allclose(column(tmp_path / "parts", f"train/{name}"), expected, rtol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["zero1", "zero3", "fsdp2"])
+def test_a_run_with_them_goes_on_in_the_same_bits_under_sharded_backends(
+    corpus: Path, tmp_path: Path, teacher: Path, backend: str
+) -> None:
+    """Their weights and what the optimizer keeps of them are saved and loaded as the model's own are."""
+    flags = [*SHORT, *WHOLE, *taught(teacher), "--max_steps", "6", "--max_frames_per_microbatch", SOME]
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    backends.run(backend, 2, corpus, whole, *flags)
+    backends.run(backend, 2, corpus, run, *flags, "--stop_after_steps", "3")
+    stopped = auxiliary(run)
+    assert stopped.keys() == {f"head.auxiliary.{name}.{kind}" for name, kind in PARTS}
+    backends.run(backend, 2, corpus, run, *flags, "--resume", "auto")
+    for name in ("loss", *TERMS):
+        assert len(column(run, f"train/{name}")) == 6
+        assert column(run, f"train/{name}") == column(whole, f"train/{name}")
+    assert weights(run) == weights(whole)
+    for name, value in auxiliary(run).items():
+        assert np.abs(value - stopped[name]).max() > 1e-4, "a weight that stands still was not trained"
+    # What one backend saved of them, another goes on from.
+    other, ends = tmp_path / "other", ["--resume", str(run / "checkpoints" / "step-000000003")]
+    train(1, corpus, other, *flags, *ends)
+    np.testing.assert_allclose(column(other, "train/loss"), column(whole, "train/loss")[3:], rtol=2e-5)
+
+
+def auxiliary(run: Path) -> dict[str, Any]:
+    """What training alone added to a run's last checkpoint."""
+    name = json.loads((run / "checkpoints" / "last.json").read_text())["checkpoint"]
+    stored = load_file(run / "checkpoints" / name / "model.safetensors")
+    return {name: value for name, value in stored.items() if name.startswith("head.auxiliary.")}

@@ -19,6 +19,7 @@ COMMON = [
 # A teacher of another stride than its students, so that its frames have to be laid over theirs.
 TEACHER = [*COMMON, "--model", "i3d", "--width", "0.02", "--rnn_size", "16", "--total_stride", "2"]
 STUDENT = [*COMMON, "--model", "mobilenet_v3_small", "--width", "0.2", "--rnn_size", "12", "--dropout", "0.3"]
+TERMS = ("ctc_loss", "distillation_loss", "feature_loss", "visual_ctc_loss", "alignment_loss")
 LOSSES = ("train/loss", "train/ctc_loss", "train/distillation_loss")
 
 
@@ -111,6 +112,32 @@ def test_an_online_teacher_sees_the_clip_as_it_was_cut_and_coloured_on_any_numbe
         train(world_size, videos, run, *STUDENT, *flags, "--max_frames_per_microbatch", budget, steps=5)
     for name in LOSSES:
         np.testing.assert_allclose(column(tmp_path / "2", name), column(tmp_path / "1", name), rtol=2e-5)
+
+
+@pytest.mark.parametrize("model", ["mobilenet_v3_small", pytest.param("i3d", marks=pytest.mark.slow)])
+def test_all_terms_over_video_follow_one_curve_on_one_rank_and_on_two(
+    videos: Path, teacher: Path, tmp_path: Path, model: str
+) -> None:
+    """The auxiliary classifier and the teacher's features, on augmented frames, cut in any way."""
+    weights = dict(zip(TERMS, (0.3, 0.7, 1.5, 0.7, 2.0), strict=True))
+    flags = ["--teacher", str(teacher), "--feature_weight", "1.5", "--distill_blank_weight", "0.4"]
+    flags += ["--visual_ctc_weight", "0.7", "--alignment_weight", "2", "--alignment_temperature", "4"]
+    flags += ["--augment", "true", "--augment_flip", "true", "--label_smoothing", "0.1", "--learning_rate", "1e-3"]
+    flags += ["--model", model, "--width", "0.2" if model.startswith("mobilenet") else "0.02"]
+    runs = []
+    for world_size, budget in ((1, "100000"), (1, "60"), (2, "60")):
+        runs.append(tmp_path / str(len(runs)))
+        train(world_size, videos, runs[-1], *STUDENT, *flags, "--max_frames_per_microbatch", budget, steps=6)
+    for name in ("loss", *TERMS):
+        expected = np.array(column(runs[0], f"train/{name}"))
+        assert len(expected) == 6
+        assert expected.min() > 1e-3, "a term that vanishes would agree with anything"
+        for run in runs[1:]:
+            found = np.array(column(run, f"train/{name}"))
+            np.testing.assert_allclose(found[0], expected[0], rtol=2e-6, err_msg=name)
+            np.testing.assert_allclose(found, expected, rtol=2e-5, err_msg=name)
+    total = sum(weight * np.array(column(runs[0], f"train/{name}")) for name, weight in weights.items())
+    np.testing.assert_allclose(column(runs[0], "train/loss"), total, rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from tests.conftest import ROOT, TINY, launch
 from trainer.assembly import make_training_loader
 from trainer.data.prepare import prepare_corpus
 from trainer.engine import open_engine
+from trainer.files import FencedFolder
 from trainer.memory.choice import MEMORY, choose_budget
 from trainer.models.build import build_model
 from trainer.parsing import parse_recipe
@@ -85,7 +86,8 @@ def choose(corpus: Path, tmp_path: Path) -> Callable[..., tuple[int, list[str]]]
             recipe.model, feature_dim=prepared.normalization.feature_dim, num_classes=len(prepared.vocabulary)
         )
         engine.prepare(model, recipe.optimization)
-        budget = choose_budget(engine, loader, recipe=recipe, run_dir=tmp_path, say=said.append, force=force)
+        folder = FencedFolder(tmp_path)
+        budget = choose_budget(engine, loader, recipe=recipe, folder=folder, say=said.append, force=force)
         return budget, said
 
     return run

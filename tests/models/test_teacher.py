@@ -15,8 +15,9 @@ from trainer.errors import InputError
 from trainer.layout import lay_out
 from trainer.models.build import build_model, load_weights
 from trainer.models.dropout import ClipDropout
+from trainer.models.features import check_streams, mean_frames
 from trainer.models.inception import Mixed
-from trainer.models.teacher import FeatureTeacher, check_streams, mean_frames
+from trainer.models.teacher import FeatureTeacher
 from trainer.randomness import clip_keys, mix
 from trainer.recipe import ModelRecipe
 

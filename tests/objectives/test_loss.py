@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -67,9 +65,7 @@ def loss_of(loss: StepLoss, outputs: Outputs, *clips: int, per_frame: float = 0.
 
 def taught(blank_weight: float = 1.0) -> StepLoss:
     recipe = DistillationRecipe(teacher="told", feature_weight=0.7, distill_blank_weight=blank_weight)
-    return StepLoss(
-        objective=VAC, distillation=Distillation(Told(), recipe, total_stride=STRIDE, run_dir=Path("unused"))
-    )
+    return StepLoss(objective=VAC, distillation=Distillation(Told(), recipe, total_stride=STRIDE))
 
 
 def kl(target: Tensor, found: Tensor, temperature: float) -> Tensor:

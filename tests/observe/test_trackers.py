@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from trainer.files import FencedFolder
 from trainer.observe.trackers import METRICS, JsonLines, TensorBoard, open_trackers
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +29,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def log_steps(path: Path, *steps: int, after_step: int = -1, **more: Any) -> None:
-    tracker = JsonLines(path, after_step=after_step)
+    tracker = JsonLines(FencedFolder(path.parent), after_step=after_step)
     for step in steps:
         tracker.log({"step": step, "epoch": 0, **more})
     tracker.close()
@@ -39,7 +40,7 @@ def log_steps(path: Path, *steps: int, after_step: int = -1, **more: Any) -> Non
 
 def test_each_line_is_an_object_and_on_disk_before_log_returns(tmp_path: Path) -> None:
     path = tmp_path / METRICS
-    tracker = JsonLines(path, after_step=-1)
+    tracker = JsonLines(FencedFolder(tmp_path), after_step=-1)
     for step in range(3):
         tracker.log({"step": step, "epoch": 0, "train/loss": 1 / 3})
         assert rows(path)[-1] == {"step": step, "epoch": 0, "train/loss": 1 / 3}
@@ -126,7 +127,7 @@ def test_tensorboard_files_read_back_and_a_resumed_run_replaces_its_later_steps(
 
 def test_metrics_are_always_kept_and_the_rest_as_the_recipe_says(tmp_path: Path) -> None:
     for names, kinds in (([], [JsonLines]), (["tensorboard"], [JsonLines, TensorBoard])):
-        trackers = open_trackers(tmp_path, names, after_step=-1, project="p", recipe={})
+        trackers = open_trackers(FencedFolder(tmp_path), names, after_step=-1, project="p", recipe={})
         assert [type(tracker) for tracker in trackers] == kinds
         for tracker in trackers:
             tracker.close()
@@ -138,10 +139,15 @@ def test_metrics_are_always_kept_and_the_rest_as_the_recipe_says(tmp_path: Path)
 _TWO_ATTEMPTS = """
 import sys
 from pathlib import Path
+from trainer.files import FencedFolder
 from trainer.observe.trackers import open_trackers
 for attempt, steps in enumerate([(1, 2), (3,)]):
     trackers = open_trackers(
-        Path(sys.argv[1]), ["wandb"], after_step=attempt * 2 or -1, project="p", recipe={"betas": (0.9, 0.999)}
+        FencedFolder(Path(sys.argv[1])),
+        ["wandb"],
+        after_step=attempt * 2 or -1,
+        project="p",
+        recipe={"betas": (0.9, 0.999)},
     )
     for step in steps:
         for tracker in trackers:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from trainer.checkpoint.content import Checkpoint, RunState
 from trainer.checkpoint.manifest import MANIFEST, find_damage, write_manifest
 from trainer.errors import InputError
-from trainer.files import sync_folder, write_json
+from trainer.files import FencedFolder, sync_folder
 from trainer.job.rank import NO_JOB, Job, NoJob
 
 _NAME = re.compile(r"step-(\d{9})")
@@ -26,6 +26,7 @@ class CheckpointStore:
     def __init__(self, run_dir: Path, *, keep: int, job: Job | NoJob = NO_JOB) -> None:
         self.folder = run_dir / "checkpoints"
         self.keep, self.job = keep, job
+        self._files = FencedFolder(self.folder, job.check)
 
     def publish(self, checkpoint: Checkpoint, *, is_best: bool) -> Path:
         """Write a checkpoint aside, checksum it, rename it into place, point to it, and only then prune.
@@ -93,16 +94,15 @@ class CheckpointStore:
         for step in (step for step in self.steps() if step > state.step):
             name, aside = f"step-{step:09d}", f"passed-over-{step:09d}"
             log(f"the run goes on from step {state.step}: checkpoint {name} is set aside as {aside}")
+            self.job.check()
             shutil.rmtree(self.folder / aside, ignore_errors=True)
-            (self.folder / name).replace(self.folder / aside)
+            self._files.rename(name, aside)
         for leftover in self.folder.glob(".step-*.tmp"):
             log(f"removing {leftover.name}: an attempt ended while writing it")
             self._remove(leftover)
-        for leftover in self.folder.glob(".*.json.*.tmp"):
-            # A pointer of an attempt that stood still right before its rename: there is nothing to rename any more.
-            leftover.unlink(missing_ok=True)
+        self._files.clear()
         for pointer in ("best.json", "last.json"):
-            (self.folder / pointer).unlink(missing_ok=True)
+            self._files.remove(pointer)
         steps = self.steps()
         if state.best_step in steps:
             self._point("best", state.best_step, state.best)
@@ -111,8 +111,7 @@ class CheckpointStore:
         return state.best_step in steps
 
     def _point(self, name: str, step: int | None, value: float | None = None) -> None:
-        content = {"checkpoint": f"step-{step:09d}", "value": value}
-        write_json(self.folder / f"{name}.json", content, fence=self.job.check)
+        self._files.write_json(f"{name}.json", {"checkpoint": f"step-{step:09d}", "value": value})
 
     def _prune(self) -> None:
         pointers = (self.folder / name for name in ("best.json", "last.json"))
@@ -125,7 +124,7 @@ class CheckpointStore:
     def _remove(self, leftover: Path) -> None:
         """Take a folder away from whoever may still be writing into it: under its name, nothing can be published."""
         gone = leftover if leftover.name.endswith(_GONE) else leftover.with_name(leftover.name + _GONE)
-        leftover.replace(gone)
+        self._files.rename(leftover.name, gone.name)
         # A file that another machine holds open keeps a network's file system from removing the folder: next time.
         shutil.rmtree(gone, ignore_errors=True)
 

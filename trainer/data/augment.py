@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.randomness import UInt64s, generator, uniform
+from trainer.recipe import CorpusRecipe
 
 Frames = npt.NDArray[np.int64]
 
@@ -44,6 +45,21 @@ class Augmentation:
 NO_AUGMENTATION = Augmentation(
     rescale=0.0, frame_drop=0.0, time_mask=0.0, feature_mask=0.0, noise=0.0, random_crop=False, color=0.0
 )
+
+
+def augmentation_of(recipe: CorpusRecipe) -> Augmentation:
+    """Return the strengths that a recipe asks for."""
+    if not recipe.augment:
+        return NO_AUGMENTATION
+    return Augmentation(
+        rescale=recipe.augment_rescale,
+        frame_drop=recipe.augment_frame_drop,
+        time_mask=recipe.augment_time_mask,
+        feature_mask=recipe.augment_feature_mask,
+        noise=recipe.augment_noise,
+        flip=recipe.augment_flip,
+        color=recipe.augment_color,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

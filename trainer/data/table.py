@@ -74,6 +74,9 @@ class ClipTable(Protocol):
     def all_glosses(self) -> set[str]:
         """Return the glosses that occur in the split."""
 
+    def frame_rate(self, row: int) -> float | None:
+        """Return a clip's frames per second; None where its files do not say."""
+
     def read(self, row: int, buffer: Stored, *, verify: bool) -> Stored:
         """Return the stored values `[T, D]` of a clip: in `buffer`, of that shape, or where they were unpacked to.
 
@@ -141,6 +144,10 @@ class Split:
     def glosses(self, index: int) -> tuple[str, ...]:
         """Return what is signed in a clip."""
         return self.table.glosses(self.row(index))
+
+    def frame_rate(self, index: int) -> float | None:
+        """Return a clip's frames per second; None where its files do not say."""
+        return self.table.frame_rate(self.row(index))
 
     def choose(self, indices: npt.NDArray[np.int64]) -> Split:
         """Return some of the clips, in this order."""
@@ -215,6 +222,10 @@ class ListedTable:
     def all_glosses(self) -> set[str]:
         """Return the glosses that occur in the split."""
         return {gloss for clip in self.clips for gloss in clip.glosses}
+
+    def frame_rate(self, row: int) -> float | None:
+        """Return nothing: neither features nor folders of frames say it."""
+        return None
 
     def warm(self, row: int) -> None:
         """Do nothing: the files are small and the kernel reads ahead."""

@@ -14,7 +14,7 @@ import numpy as np
 from trainer.data.loader import TrainingLoader
 from trainer.distillation import Distillation, Undistilled
 from trainer.engine import Engine
-from trainer.files import write_json
+from trainer.files import FencedFolder
 from trainer.layout import slot_frames
 from trainer.memory.accounting import device_name, fragmentation, granted, is_limited
 from trainer.memory.exhaustion import free_memory
@@ -34,7 +34,7 @@ def choose_budget(
     loader: TrainingLoader,
     *,
     recipe: Recipe,
-    run_dir: Path,
+    folder: FencedFolder,
     say: Say,
     force: bool = False,
     distillation: Distillation | Undistilled | None = None,
@@ -60,14 +60,14 @@ def choose_budget(
     # On a GPU a larger cell is a faster one; on a CPU it is not.
     goal = max(usual, worst.most) if engine.device.type == "cuda" else max(usual, worst.floor)
     key = _key(engine, loader, recipe, goal, worst.floor)
-    path = run_dir / MEMORY
+    path = folder.path / MEMORY
     stored = engine.on_main(lambda: _read(path, key))
     if stored is not None:
         say(f"memory: {stored} frames a micro-batch, as probed before ({path.name})")
         return stored
     states = _STATES[recipe.optimization.optimizer]
     found = probe(engine, loader, worst, goal=goal, states=states, distillation=distillation)
-    engine.on_main(lambda: write_json(path, _to_json(found, key, engine)))
+    engine.on_main(lambda: folder.write_json(MEMORY, _to_json(found, key, engine)))
     say(_describe(found))
     idle = fragmentation(engine.device)
     if idle is not None and idle.hint:

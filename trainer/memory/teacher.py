@@ -68,7 +68,7 @@ def make_up_teacher(
         source = MadeUpSoftTargets(SoftTargets(Path(named.soft_targets)).job.total_stride, num_classes, device)
     else:
         return Undistilled()
-    return Distillation(source, named, total_stride=recipe.model.total_stride, run_dir=Path())
+    return Distillation(source, named, total_stride=recipe.model.total_stride)
 
 
 def teacher_bytes(recipe: Recipe, *, feature_dim: int, num_classes: int) -> int:

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.layout import TimeLayout
+from trainer.models.features import FeatureRecognizer
 from trainer.models.inception import average, scale_channels
-from trainer.models.recognizer import Recognizer
-from trainer.models.teacher import StreamFusion, check_streams, mean_frames
 from trainer.models.temporal_head import TemporalHead
 
 _CHANNELS = 192
@@ -25,7 +24,7 @@ _SECOND_STRIDE = 3
 _BRANCH_SCALE = 0.2
 
 
-class FeatureStudent(Recognizer):
+class FeatureStudent(FeatureRecognizer):
     """Map clips of features to gloss logits; about 3.7 M parameters at D = 6516 and 1,296 classes.
 
     The inverted residuals of MobileNet (Sandler et al. 2018, Howard et al. 2019) with time as their one dimension and
@@ -45,10 +44,8 @@ class FeatureStudent(Recognizer):
         dropout: float = 0.3,
         streams: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
-        super().__init__()
-        self.total_stride, self.frame_shape = total_stride, (feature_dim,)
         channels = scale_channels(_CHANNELS, width)
-        self.embed = StreamFusion(check_streams(streams, feature_dim), channels)
+        super().__init__(feature_dim=feature_dim, channels=channels, total_stride=total_stride, streams=streams)
         self.strides = [1] * len(_KERNELS)
         self.strides[0], self.strides[_SECOND_STRIDE] = min(total_stride, 2), max(total_stride // 2, 1)
         self.time = nn.ModuleList(
@@ -63,17 +60,13 @@ class FeatureStudent(Recognizer):
         """Return the embedding, the blocks in time and the head; the norm between them is too small to be one."""
         return [self.embed, *self.time, self.head]
 
-    def visual(self, frames: Tensor, layout: TimeLayout) -> Tensor:
-        """Return visual features `[L / stride, C]`; `frames` `[N, D]`, clip after clip."""
-        embedded = self.embed(frames)
-        x = embedded.new_zeros(layout.length, embedded.shape[1]).index_copy(0, layout.frame_positions, embedded)
-        # As in the teacher: the BiLSTM learns from postures while the network in time finds its way.
-        postures = mean_frames(x, layout, self.total_stride)
+    def in_time(self, x: Tensor, layout: TimeLayout) -> Tensor:
+        """Return what the inverted residuals make of embedded frames."""
         reached = 1
         for block, stride in zip(self.time, self.strides, strict=True):
             mask, reached = layout.masks[reached], reached * stride
             x = block(x, mask, layout.masks[reached])
-        return torch.cat([self.norm(x), postures], dim=1)
+        return self.norm(x)
 
 
 class InvertedResidual(nn.Module):

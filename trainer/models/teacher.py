@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from trainer.errors import InputError
 from trainer.layout import TimeLayout
-from trainer.models.inception import Inception, average, scale_channels
-from trainer.models.recognizer import Recognizer
+from trainer.models.features import FeatureRecognizer
+from trainer.models.inception import Inception, scale_channels
 from trainer.models.temporal_head import TemporalHead
 
 
-class FeatureTeacher(Recognizer):
+class FeatureTeacher(FeatureRecognizer):
     """Map clips of features to gloss logits; about 25 M parameters at D = 6516 and 1,296 classes.
 
     A clip's logits depend on that clip alone: not on its padding (there is none), not on its batch.
@@ -33,10 +30,8 @@ class FeatureTeacher(Recognizer):
         dropout: float = 0.3,
         streams: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
-        super().__init__()
-        self.total_stride, self.frame_shape = total_stride, (feature_dim,)
         embedding = scale_channels(512, width)
-        self.embed = StreamFusion(check_streams(streams, feature_dim), embedding)
+        super().__init__(feature_dim=feature_dim, channels=embedding, total_stride=total_stride, streams=streams)
         self.inception = Inception(embedding, total_stride, width)
         self.head = TemporalHead(
             self.inception.channels + embedding,
@@ -50,78 +45,6 @@ class FeatureTeacher(Recognizer):
         """Return the embedding, the blocks of the inception network and the head."""
         return [self.embed, *self.inception.blocks(), self.head]
 
-    def visual(self, features: Tensor, layout: TimeLayout) -> Tensor:
-        """Return visual features `[L / stride, C]`; `features` `[N, D]`, clip after clip."""
-        frames = self.embed(features)
-        silence = frames.new_zeros(layout.length, frames.shape[1])
-        laid_out = silence.index_copy(0, layout.frame_positions, frames)
-        # Postures reach the BiLSTM directly too: it learns from them while the network in time finds its way.
-        postures = mean_frames(laid_out, layout, self.total_stride)
-        return torch.cat([self.inception(laid_out, layout), postures], dim=1)
-
-
-def mean_frames(x: Tensor, layout: TimeLayout, stride: int) -> Tensor:
-    """Average the frames of each output frame, `[L, C]` to `[L / stride, C]`; silence does not count."""
-    return average(x, layout.masks[1], stride)
-
-
-class StreamFusion(nn.Module):
-    """Embed each feature stream and fuse them by gates that every frame computes from all streams."""
-
-    def __init__(self, streams: Mapping[str, Sequence[tuple[int, int]]], embedding: int) -> None:
-        super().__init__()
-        self.slices = [list(spans) for spans in streams.values()]
-        widths = [sum(stop - start for start, stop in spans) for spans in self.slices]
-        self.project = nn.ModuleDict(
-            {name: nn.Linear(width, embedding) for name, width in zip(streams, widths, strict=True)}
-        )
-        self.norm = nn.ModuleDict({name: nn.LayerNorm(embedding) for name in streams})
-        self.gate = nn.Linear(embedding * len(streams), len(streams)) if len(streams) > 1 else None
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Map `[N, D]` to `[N, embedding]`, non-negative."""
-        embedded = []
-        for name, spans in zip(self.project, self.slices, strict=True):
-            parts = [features[:, start:stop] for start, stop in spans]
-            stream = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-            embedded.append(F.relu(self.norm[name](self.project[name](stream))))
-        if self.gate is None:
-            return embedded[0]
-        gates = self.gate(torch.cat(embedded, dim=1)).softmax(dim=1)
-        return sum((gates[:, i : i + 1] * stream for i, stream in enumerate(embedded)), torch.zeros_like(embedded[0]))
-
-
-def check_streams(streams: Mapping[str, Sequence[int]] | None, feature_dim: int) -> dict[str, list[tuple[int, int]]]:
-    """Turn declared streams into slices; refuse what lies outside D, overlaps, or is no module name.
-
-    Dimensions that no stream names are refused too: a slice forgotten is the likelier reading.
-    """
-    if not streams:
-        return {"all": [(0, feature_dim)]}
-    spans = {name: list(zip(edges[::2], edges[1::2], strict=True)) for name, edges in streams.items()}
-    problems = [
-        f"streams: {name} takes [{start}, {stop}) but the corpus has D = {feature_dim}; correct the slice"
-        for name, parts in spans.items()
-        for start, stop in parts
-        if stop > feature_dim
-    ]
-    problems += [
-        f"streams: {name!r} is no plain name, or one that torch keeps for itself; use letters, digits and _"
-        for name in spans
-        if not name.isidentifier() or hasattr(nn.ModuleDict(), name)
-    ]
-    ordered = sorted((start, stop, name) for name, parts in spans.items() for start, stop in parts)
-    reached, last = 0, ""
-    for start, stop, name in ordered:
-        if start < reached:
-            problems.append(
-                f"streams: {name} [{start}, {stop}) overlaps {last}, which reaches {reached}; correct the slices"
-            )
-        if start > reached:
-            problems.append(f"streams: no stream takes dimensions [{reached}, {start}); declare one for them")
-        reached, last = max(reached, stop), name
-    if reached < feature_dim:
-        problems.append(f"streams: no stream takes dimensions [{reached}, {feature_dim}); declare one for them")
-    if problems:
-        raise InputError(problems)
-    return spans
+    def in_time(self, x: Tensor, layout: TimeLayout) -> Tensor:
+        """Return what the inception network makes of embedded frames."""
+        return self.inception(x, layout)

@@ -6,13 +6,14 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from trainer.files import write_text
+from trainer.files import FencedFolder
 
 METRICS = "metrics.jsonl"
+_WANDB_ID = "wandb_id"
 
 
 class Tracker(Protocol):
@@ -28,13 +29,13 @@ class Tracker(Protocol):
 class JsonLines:
     """`metrics.jsonl`: one object a line, handed to the system before `log` returns."""
 
-    def __init__(self, path: Path, *, after_step: int, fence: Callable[[], None] = lambda: None) -> None:
-        """Go on after `after_step`; `fence` raises once another attempt owns the run, and no line is added."""
-        self._fence = fence
+    def __init__(self, folder: FencedFolder, *, after_step: int) -> None:
+        """Go on after `after_step`; once another attempt owns the run, the folder's fence raises before any line."""
+        self._fence, path = folder.fence, folder.path / METRICS
         if path.exists():
             # An attempt that died may have logged steps that its successor does again.
             lines = path.read_text(encoding="utf-8").splitlines()
-            write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= after_step), fence=fence)
+            folder.write_text(METRICS, "".join(f"{line}\n" for line in lines if _step_of(line) <= after_step))
         self.file = path.open("a", encoding="utf-8")
 
     def log(self, metrics: Mapping[str, Any]) -> None:
@@ -71,19 +72,19 @@ class TensorBoard:
 class Wandb:
     """Weights & Biases; offline unless a key is configured, and never a prompt."""
 
-    def __init__(self, run_dir: Path, project: str, recipe: Mapping[str, Any]) -> None:
+    def __init__(self, folder: FencedFolder, project: str, recipe: Mapping[str, Any]) -> None:
         import wandb
 
-        name = run_dir / "wandb_id"
+        name = folder.path / _WANDB_ID
         if not name.exists():
             # Kept with the run, so that a resumed run continues the same record.
-            write_text(name, uuid.uuid4().hex[:8])
+            folder.write_text(_WANDB_ID, uuid.uuid4().hex[:8])
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
         self.run = wandb.init(
             project=project,
             id=name.read_text(),
             resume="allow",
-            dir=str(run_dir),
+            dir=str(folder.path),
             config=dict(recipe),
             mode=mode,
             settings=wandb.Settings(silent=True),
@@ -99,20 +100,19 @@ class Wandb:
 
 
 def open_trackers(
-    run_dir: Path,
+    folder: FencedFolder,
     names: Sequence[str],
     *,
     after_step: int,
     project: str,
     recipe: Mapping[str, Any],
-    fence: Callable[[], None] = lambda: None,
 ) -> list[Tracker]:
-    """Open the trackers of a run that goes on after `after_step`; the first one's `fence` guards those after it."""
-    trackers: list[Tracker] = [JsonLines(run_dir / METRICS, after_step=after_step, fence=fence)]
+    """Open the trackers of a run that goes on after `after_step`; the first asks the fence for all."""
+    trackers: list[Tracker] = [JsonLines(folder, after_step=after_step)]
     if "tensorboard" in names:
-        trackers.append(TensorBoard(run_dir / "tensorboard", after_step=after_step))
+        trackers.append(TensorBoard(folder.path / "tensorboard", after_step=after_step))
     if "wandb" in names:
-        trackers.append(Wandb(run_dir, project, recipe))
+        trackers.append(Wandb(folder, project, recipe))
     return trackers
 
 

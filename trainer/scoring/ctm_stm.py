@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.errors import InputError
+from trainer.files import unfenced, write_text
 
 EMPTY_WORD = "[EMPTY]"
 """What PHOENIX-2014's own tools write for a clip without words; read as no word, never written here."""
@@ -149,7 +150,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def write_stm(path: Path, rows: Iterable[StmRow]) -> None:
+def write_stm(path: Path, rows: Iterable[StmRow], *, fence: Callable[[], None] = unfenced) -> None:
     """Write references; ValueError for a name or gloss the format cannot hold, or a duplicate id."""
     lines: list[str] = []
     seen: set[str] = set()
@@ -160,10 +161,10 @@ def write_stm(path: Path, rows: Iterable[StmRow]) -> None:
         tokens = _checked(row.id, row.signer, *row.glosses)
         # Six digits like the corpus's own file; the open end then reads 1.79769e+308, letter for letter.
         lines.append(" ".join([tokens[0], "1", tokens[1], f"{row.start:.6g}", f"{row.end:.6g}", *tokens[2:]]))
-    _write_lines(path, lines)
+    write_text(path, _text(lines), fence=fence)
 
 
-def write_ctm(path: Path, rows: Iterable[CtmRow]) -> None:
+def write_ctm(path: Path, rows: Iterable[CtmRow], *, fence: Callable[[], None] = unfenced) -> None:
     """Write hypotheses; a clip without words has no line. ValueError for what the format cannot hold."""
     lines: list[str] = []
     for row in rows:
@@ -172,7 +173,7 @@ def write_ctm(path: Path, rows: Iterable[CtmRow]) -> None:
         line = f"{clip_id} 1 {row.start:08.3f} {row.duration:.3f} {gloss}"
         lines.append(line if row.confidence is None else f"{line} {row.confidence:.4f}")
     # An empty file is what a crash leaves behind; a model that says nothing must be told from it.
-    _write_lines(path, lines or [_NO_WORDS_LINE])
+    write_text(path, _text(lines or [_NO_WORDS_LINE]), fence=fence)
 
 
 def _are_times(*fields: str) -> bool:
@@ -203,5 +204,5 @@ def _raise_if_any(problems: list[str]) -> None:
         raise InputError(problems)
 
 
-def _write_lines(path: Path, lines: list[str]) -> None:
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8", newline="\n")
+def _text(lines: list[str]) -> str:
+    return "".join(line + "\n" for line in lines)

@@ -126,7 +126,8 @@ class ShardFolder:
                     f"{self.folder}: holds something else than soft targets; choose another --output, or empty it"
                 )
             else:
-                write_json(path, {"format": _FORMAT, "extraction": dataclasses.asdict(self.job)})
+                content = {"format": _FORMAT, "extraction": dataclasses.asdict(self.job)}
+                write_json(path, content, fence=self.owner.check)
         except OSError as error:
             raise InputError(f"{self.folder}: cannot be written ({error.strerror}); choose another --output") from error
         return path.name == MANIFEST

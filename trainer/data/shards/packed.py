@@ -127,6 +127,10 @@ class PackedTable:
         counts = self._corpus.gloss_counts[self.split]
         return {gloss for gloss, count in zip(self._corpus.glosses, counts, strict=True) if count}
 
+    def frame_rate(self, row: int) -> float | None:
+        """Return nothing: features do not say it."""
+        return None
+
     def read(self, row: int, buffer: Stored, *, verify: bool = True) -> Stored:
         """Return a record, in memory that is not to be written to or in `buffer`.
 

@@ -16,7 +16,7 @@ from trainer.data.annotations import Annotation, find_annotation_file, read_anno
 from trainer.data.corpus import Clip
 from trainer.data.features import ClipScan
 from trainer.data.table import Ints, ListedTable, Split, Storage, Stored
-from trainer.data.video.container import check_video, count_frames, read_video_frames
+from trainer.data.video.container import check_video, count_frames, frame_rate, read_video_frames
 from trainer.data.video.images import check_images, list_frames, read_image_frames
 from trainer.data.video.sources import SourceFinder
 from trainer.data.video.view import View, central_view
@@ -33,6 +33,11 @@ class VideoTable(ListedTable):
     def __init__(self, split: str, clips: Sequence[Clip], where: str, *, frame_size: int, crop_size: int) -> None:
         storage = Storage(dtype=np.dtype(np.uint8), frame_size=frame_size, crop_size=crop_size)
         super().__init__(split, clips, crop_size * crop_size * 3, where, storage)
+
+    def frame_rate(self, row: int) -> float | None:
+        """Return the frames per second of a video file, as its header says them; None for a folder of frames."""
+        source = self.clips[row].source
+        return None if source.is_dir() else frame_rate(source)
 
     def read_view(self, row: int, view: View, out: npt.NDArray[np.uint8]) -> None:
         """Decode the frames of a view of a clip into `out` `[n, crop, crop, 3]`.
