@@ -69,7 +69,8 @@ def test_all_terms_follow_one_curve_on_one_rank_and_on_two(
     for world_size, budget in ((1, EVERYTHING), (1, SOME), (2, SOME)):
         runs.append(tmp_path / str(len(runs)))
         flags = [*SHORT, *WHOLE, *taught(teacher), "--model", model, "--max_frames_per_microbatch", budget]
-        train(world_size, corpus, runs[-1], *flags, "--width", "0.1")
+        # Adam divides gradients that are nearly nothing by themselves, and so makes another order of summation show.
+        train(world_size, corpus, runs[-1], *flags, "--width", "0.1", "--optimizer", "sgd", "--learning_rate", "0.05")
     for name in ("loss", *TERMS):
         expected = np.array(column(runs[0], f"train/{name}"))
         assert len(expected) == 8
@@ -77,7 +78,7 @@ def test_all_terms_follow_one_curve_on_one_rank_and_on_two(
         for run in runs[1:]:
             found = np.array(column(run, f"train/{name}"))
             np.testing.assert_allclose(found[0], expected[0], rtol=1e-6, err_msg=name)
-            np.testing.assert_allclose(found, expected, rtol=2e-5, err_msg=name)
+            np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=name)
     weighted = zip((0.3, 0.7, 1.5, 0.7, 2.0), TERMS, strict=True)
     total = sum(weight * np.array(column(runs[0], f"train/{name}")) for weight, name in weighted)
     np.testing.assert_allclose(column(runs[0], "train/loss"), total, rtol=1e-5)
