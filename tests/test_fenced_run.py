@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -69,7 +70,9 @@ def renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_process: None
 
     def ask(self: Job) -> None:
         check(self)
-        asked[0] = True
+        # A look at the fence for another reason is no question about a rename: before a line of metrics, once a second.
+        caller = Path(sys._getframe(1).f_code.co_filename).name
+        asked[0] = caller not in ("rank.py", "trackers.py")
 
     def watch(source: Any, target: Any, **options: Any) -> None:
         path = Path(target)
@@ -189,6 +192,7 @@ def test_an_attempt_that_stood_still_before_its_rename_finds_nothing_to_rename(t
         old.check()
         FencedFolder(tmp_path, begin(tmp_path, "7.1").check).clear()
 
-    with pytest.raises(FileNotFoundError):
+    # Asked once more when there is nothing to rename: the reason is not a missing file.
+    with pytest.raises(TrainingFailedError, match=r"another attempt \(7.1\) has taken over"):
         FencedFolder(tmp_path, sleep).write_json(MEMORY, {"budget": 1})
     assert not [path for path in tmp_path.iterdir() if path.is_file()]

@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> Outcome:
         decoder = engine.together(lambda: open_decoder(options, checkpoint.vocabulary.glosses, progress.say))
         output = FencedFolder(options.output_dir or _default_output(folder), job.check)
         engine.on_main(lambda: _prepare_output(output))
+        frame_rates: list[float] = []
+        engine.on_main(lambda: frame_rates.extend(_frame_rates(options.fps, clips)))
         engine.prepare(restore_trained(checkpoint, str(folder)), None)
         loader = EvaluationLoader(
             split=clips,
@@ -78,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> Outcome:
             return Outcome(1, said, word="RESUME")
         emissions = {index: found for part in engine.gather_objects(result.emissions) for index, found in part.items()}
         report = _report(options, folder, checkpoint, clips, result, protocol, decoder)
-        engine.on_main(lambda: _write(output, report, options, clips, emissions, checkpoint))
+        engine.on_main(lambda: _write(output, report, options, clips, emissions, checkpoint, frame_rates))
         progress.say(_table(report, decoder, output.path / f"{options.split}.json"))
         exceeded = options.max_wer is not None and not result.counts.wer <= options.max_wer
         wer = f"{result.counts.wer:.2f} %" if report["wer"] is not None else "undefined"
@@ -143,6 +145,14 @@ def _prepare_output(output: FencedFolder) -> None:
         ) from error
 
 
+def _frame_rates(given: float | None, clips: Split) -> list[float]:
+    """Return each clip's frames per second: whoever lays hypotheses over a video goes by that video's clock.
+
+    Before anything is computed: a file that cannot be read by then would take the results with it.
+    """
+    return [given or clips.frame_rate(index) or FPS for index in range(len(clips))]
+
+
 def _read_clips(options: argparse.Namespace, checkpoint: Checkpoint, progress: Progress) -> Split:
     """Read the split, and say which of its glosses the vocabulary does not know."""
     corpus = corpus_asked_for(checkpoint, options)
@@ -205,11 +215,11 @@ def _write(
     clips: Split,
     emissions: dict[int, list[Emission]],
     checkpoint: Checkpoint,
+    frame_rates: Sequence[float],
 ) -> None:
     """Write the hypotheses as they were decoded (CTM), the references (STM), and the report last."""
-    # Seconds of an output frame, clip by clip: whoever lays the hypotheses over a video goes by that video's clock.
-    stride = checkpoint.recipe.model.total_stride
-    seconds = [stride / (options.fps or clips.frame_rate(index) or FPS) for index in range(len(clips))]
+    # Of an output frame, clip by clip.
+    seconds = [checkpoint.recipe.model.total_stride / rate for rate in frame_rates]
     write_ctm(
         output.path / f"{options.split}.ctm",
         [

@@ -18,7 +18,8 @@ def unfenced() -> None:
 def write_text(path: Path, text: str, *, fence: Callable[[], None] = unfenced) -> None:
     """Replace the file by `text`, atomically and durably.
 
-    `fence` is asked right before the rename; what it raises leaves the old content.
+    `fence` is asked right before the rename; what it raises leaves the old content. It is asked again if there is
+    nothing left to rename: whoever took this attempt's place has taken that away.
     """
     # Processes of two machines may share a number, and a folder.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
@@ -28,10 +29,19 @@ def write_text(path: Path, text: str, *, fence: Callable[[], None] = unfenced) -
             file.flush()
             os.fsync(file.fileno())
         fence()
-        temporary.replace(path)
+        replace(temporary, path, fence=fence)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def replace(source: Path, target: Path, *, fence: Callable[[], None] = unfenced) -> None:
+    """Rename; where the source is gone, what `fence` has to say of it comes before `FileNotFoundError`."""
+    try:
+        source.replace(target)
+    except FileNotFoundError:
+        fence()
+        raise
 
 
 def write_json(path: Path, content: Any, *, fence: Callable[[], None] = unfenced) -> None:
@@ -41,7 +51,7 @@ def write_json(path: Path, content: Any, *, fence: Callable[[], None] = unfenced
 
 @dataclass(frozen=True)
 class FencedFolder:
-    """The folder of a run, where attempts that were cut off and the one that owns the run may meet.
+    """A folder of a run, where attempts that were cut off and the one that owns the run may meet.
 
     What changes in it changes through here: `fence` raises in an attempt that has lost the run, and is asked right
     before each change.
@@ -61,7 +71,7 @@ class FencedFolder:
     def rename(self, old: str, new: str) -> None:
         """Give what lies there another name."""
         self.fence()
-        (self.path / old).replace(self.path / new)
+        replace(self.path / old, self.path / new, fence=self.fence)
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""

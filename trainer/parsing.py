@@ -85,7 +85,7 @@ def _make_parser(prog: str) -> ArgumentParser:
     parser.add_argument(
         "--config",
         type=str,
-        help="YAML recipe, yours or one of ours (configs/…); may be given again.",
+        help="YAML recipe, yours or one of ours (configs/…); again: the later file wins.",
     )
     parser.add_argument("--print_config", action="store_true", help="Print the resolved recipe and exit.")
     for kind in GROUPS.values():

@@ -148,6 +148,13 @@ def check_is_run(run: Path) -> None:
 
 def _report(evidence: Evidence, queue: Queue) -> RunReport:
     tasks = [_report_one(task, queue, number) for number, task in enumerate(read_tasks(evidence, queue))]
+    if any(task.is_active for task in tasks):
+        # What starts one of them again starts all that are not done, and is refused while any is at work.
+        again = command_again(evidence.plan or {}, evidence.directory) or "nothing"
+        tasks = [
+            dataclasses.replace(task, next=tuple(line for line in task.next if not line.startswith(again)))
+            for task in tasks
+        ]
     if not tasks:
         return _report_one(evidence, queue, None)
     states: dict[str, int] = {}

@@ -52,9 +52,10 @@ def check_clusters(stages: Sequence[Ready], plans: Mapping[str, Plan], queued: M
     named = {name: str((given or {}).get("clusters") or "") for name, given in options.items()}
     problems = []
     for ready in stages:
-        for other in ready.stage.after if ready.name in plans else ():
-            if other not in named:
-                # It is done: nothing waits for it.
+        for other in ready.stage.after:
+            # One of the two is submitted now; a job in the queue is told to wait for what is submitted anew. A stage
+            # that is in neither is done: nothing waits for it.
+            if not ({ready.name, other} <= named.keys() and {ready.name, other} & plans.keys()):
                 continue
             mine, theirs = named[ready.name], named[other]
             if mine != theirs or mine == "all" or "," in mine:

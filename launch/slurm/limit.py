@@ -12,7 +12,7 @@ from typing import Self
 
 from launch.slurm.control import ControlError, SilentError, ask
 from launch.slurm.options import seconds_of
-from launch.slurm.requests import say
+from launch.slurm.requests import REQUESTS, say
 
 LIMIT = "SIGNSCALE_TIME_LIMIT"
 """Environment from the director to the node agents: the end in Unix seconds; empty: there is none."""
@@ -60,7 +60,7 @@ class Alarm:
 
     def __init__(self, end_time: float | None) -> None:
         """Set it to an end in Unix seconds."""
-        self._end_time = end_time
+        self._end_time, self._began = end_time, time.time()
         self._open = False
         self._lock = threading.Lock()
 
@@ -71,8 +71,9 @@ class Alarm:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # From here on one that rings is not heard.
+        self._open = False
         with self._lock:
-            self._open = False
             signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, self._before)
 
@@ -80,15 +81,16 @@ class Alarm:
         """Set it to another end; from any thread, and to no avail once the block is left."""
         seconds = 0.0
         if end_time is not None:
-            left = max(0.0, end_time - time.time())
+            to_conclude = min(_SECONDS_TO_CONCLUDE, _LARGEST_PART * max(0.0, end_time - self._began))
             # Of 0 seconds it would never go off.
-            seconds = max(0.1, left - min(_SECONDS_TO_CONCLUDE, _LARGEST_PART * left))
+            seconds = max(0.1, end_time - time.time() - to_conclude)
         with self._lock:
             if self._open:
                 signal.setitimer(signal.ITIMER_REAL, seconds)
 
     def _ring(self, number: int, frame: FrameType | None) -> None:
-        raise OutOfTimeError
+        if self._open:
+            raise OutOfTimeError
 
 
 class LimitWatch:
@@ -103,10 +105,14 @@ class LimitWatch:
         self._over = threading.Event()
 
     def __enter__(self) -> Self:
-        # Signals are for the thread that leads: it must wake up, and later waits for one of them.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        threading.Thread(target=self._watch, daemon=True).start()
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        # These are for the thread that leads: it must wake up, and later waits for one of them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [*REQUESTS, signal.SIGALRM])
+        try:
+            threading.Thread(target=self._watch, daemon=True).start()
+        except RuntimeError as error:
+            say(f"a time limit that is moved will not be seen ({error})")
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -7,7 +7,7 @@ from types import FrameType
 
 from trainer.job.directory import JobDirectory
 
-_REQUESTS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+REQUESTS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def say(text: str) -> None:
@@ -23,7 +23,7 @@ class StopRequests:
         self._number: int | None = None
         self._passed_on = False
         self._open = False
-        for number in _REQUESTS:
+        for number in REQUESTS:
             signal.signal(number, self._note)
 
     def open(self) -> None:
@@ -35,7 +35,7 @@ class StopRequests:
         """Hear no more: the ranks have left, and what SLURM is asked from now on must outlive its own signals."""
         self._open = False
         # Unlike a handler, this also holds for the commands that are started.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._number = self._number or number

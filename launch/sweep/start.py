@@ -71,7 +71,11 @@ def _run(out: Path, tasks: Sequence[SweepTask], plans: Sequence[Plan], todo: Seq
     for place, number in enumerate(todo, 1):
         print(f"\nrun {place} of {len(todo)}: {tasks[number].label}", flush=True)
         local.run(write(plans[number]))
-        publish(out)
+        try:
+            publish(out)
+        except (InputError, OSError) as error:
+            # No failure of a run; the table comes with the next one, or with `signscale sweep`.
+            print(f"warning: no table of the sweep: {error}", file=sys.stderr)
         word = plans[number].job.last_word()
         if plans[number].job.stop.exists() or (word is not None and word.word == "RESUME"):
             print("\nstopped; the same command goes on here", file=sys.stderr)

@@ -79,7 +79,7 @@ def checkpoint_bytes(parameters: int, states: int, keep: int) -> int:
 def _replace(place: Path, node: str) -> float:
     """Publish a file twice as a checkpoint is, and read the second; return bytes a second. Leaves nothing behind."""
     final = place / f".signscale-doctor-{node}-{os.getpid()}"
-    temporary = final.with_name(f"{final.name}.tmp")
+    temporary = final.with_name(f"{final.name}.aside")
     started = time.perf_counter()
     try:
         for content in (os.urandom(16), os.urandom(_PROBE_BYTES)):
