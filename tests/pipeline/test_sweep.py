@@ -133,6 +133,13 @@ def test_status_names_the_command_that_goes_on(
     # One of its runs names the same.
     assert run(["status", str(folders[0])]) == 0
     assert words == shlex.split(capsys.readouterr().out.partition("next:\n")[2].splitlines()[0], comments=True)
+    # While another of them is at work it would be refused.
+    at_work = ["18", "17", "1", "RUNNING", "None", "N/A", "N/A", "0:10", "1:00:00", "", "(null)", str(script)]
+    squeue = tmp_path / "bin" / "squeue"
+    squeue.write_text(f"#!/bin/sh\nprintf '%s\\n' {shlex.quote(chr(31).join(at_work))}\n")
+    assert run(["status", str(folders[0])]) == 0
+    assert "signscale launch" not in capsys.readouterr().out
+    squeue.write_text("#!/bin/sh\n")
     assert run(words[1:]) == 0
     assert "#SBATCH --array=0,1,3%2\n" in script.read_text()
     assert "#SBATCH --mem=4G\n" in script.read_text()

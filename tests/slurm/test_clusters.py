@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -14,6 +17,7 @@ from launch import doctor_slurm
 from launch.cli import run
 from launch.jobs.report import report_run
 from launch.pipeline.record import StageRecord
+from launch.pipeline.slurm import check_clusters
 from launch.slurm.needs import redirect_children
 from launch.slurm.options import SlurmOptions
 from tests.slurm.test_director import director, job  # noqa: F401
@@ -140,6 +144,23 @@ def test_no_stage_waits_for_a_job_that_may_be_elsewhere(tools: Tools, tmp_path: 
             run([*pipeline(tmp_path, first=first, second=second), *more])
     assert tools.said("sbatch") == []
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("cluster", "refused"), [("far", False), ("near", True)])
+def test_no_queued_stage_is_made_to_wait_for_one_elsewhere(tmp_path: Path, cluster: str, refused: bool) -> None:
+    def ready(name: str, *after: str) -> Any:
+        return SimpleNamespace(name=name, job=JobDirectory.of(tmp_path / name), stage=SimpleNamespace(after=after))
+
+    stages = [ready("parent"), ready("child", "parent"), ready("grandchild", "child")]
+    for queued in stages[1:]:
+        queued.job.folder.mkdir(parents=True)
+        queued.job.plan.write_text(json.dumps({"slurm": {"clusters": "far"}}))
+    plans: Any = {"parent": SimpleNamespace(slurm={"clusters": cluster})}
+    with pytest.raises(InputError) if refused else contextlib.nullcontext() as caught:
+        check_clusters(stages, plans, {"child": "18", "grandchild": "19"})
+    if caught is not None:
+        (problem,) = caught.value.problems
+        assert problem.startswith("stage child waits for stage parent, ")
 
 
 def test_children_are_redirected_where_they_are(tools: Tools, tmp_path: Path) -> None:
