@@ -24,9 +24,11 @@ def test_nodes_have_names_networks_and_processes_of_their_own(shared_cluster: Cl
 
 
 @pytest.mark.slow
-def test_a_dead_node_is_noticed_and_its_job_requeued(cluster: Cluster) -> None:
-    job = cluster.sbatch("-N2", "-o", "/dev/null", "--wrap", "srun sleep 120")
-    cluster.wait_for_state(job, "RUNNING")
+def test_a_dead_node_is_noticed_and_its_job_requeued(cluster: Cluster, tmp_path: Path) -> None:
+    step = f"""srun bash -c 'touch "{tmp_path}/begun-$SLURM_NODEID"; sleep 120'"""
+    job = cluster.sbatch("-N2", "-o", "/dev/null", "--wrap", step)
+    # A node that dies before the step has come to it fails the step, and with it the job.
+    cluster.wait_until(lambda: len(list(tmp_path.glob("begun-*"))) == 2, "the step is on both nodes")
     cluster.kill_node("node2")
     assert cluster.wait_for_requeue(job).restarts == 1
     cluster.boot_node("node2")
