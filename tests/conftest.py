@@ -64,6 +64,15 @@ def coffee() -> Path:
     return folder
 
 
+def reset_process() -> None:
+    """Undo what accelerate keeps of a run in this process, for a test that runs a command within it."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    AcceleratorState._reset_state(True)
+    PartialState._reset_state()
+    GradientState._reset_state()
+
+
 _FOREIGN = ("ACCELERATE_", "SIGNSCALE_", "WANDB_", "RANK", "WORLD_SIZE")
 
 

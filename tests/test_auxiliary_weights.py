@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors import safe_open
 
 from launch.cli import run as signscale
-from tests.conftest import TINY, column, metrics
+from tests.conftest import TINY, column, metrics, reset_process
 from tests.publishing import publish
 from trainer.errors import InputError
 from trainer.evaluate import main as evaluate
@@ -22,23 +21,17 @@ VISUAL = {"head.auxiliary.visual.weight", "head.auxiliary.visual.bias"}
 STEPS = ["--max_steps", "4", "--evaluate_every", "4", "--log_every", "1", "--warmup_epochs", "0"]
 
 
-def _reset() -> None:
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
-    GradientState._reset_state()
-
-
 @pytest.fixture(autouse=True)
 def _fresh_process_state() -> Iterator[None]:
     """Undo what a run does to its process."""
     yield
-    _reset()
+    reset_process()
 
 
 def train(corpus: Path, run: Path, *flags: str) -> None:
     common = ["--num_workers", "0", "--data_dir", str(corpus), "--output_dir", str(run)]
     assert train_command([*TINY, *common, *STEPS, *flags]) == 0
-    _reset()
+    reset_process()
 
 
 def weights(run: Path) -> set[str]:
@@ -59,7 +52,7 @@ def test_a_run_goes_on_with_them_and_starts_another_with_and_without(
     train(corpus, tmp_path / "run", *VAC, "--stop_after_steps", "2")
     with pytest.raises(InputError, match=r"visual_ctc_weight is 0\.7 there and 0\.0 now"):
         train(corpus, tmp_path / "run", "--resume", "auto")
-    _reset()
+    reset_process()
     train(corpus, tmp_path / "run", *VAC, "--resume", "auto")
     for name in ("train/loss", "train/visual_ctc_loss", "train/alignment_loss"):
         assert column(tmp_path / "run", name) == column(tmp_path / "whole", name)
@@ -101,7 +94,7 @@ def test_whoever_uses_a_trained_model_never_sees_them(
     for name in ("parameters", "flops_per_second"):
         assert described[0][name] == described[1][name]
     assert evaluate(["--checkpoint", str(taught), "--split", "dev", "--beam_width", "1"]) == 0
-    _reset()
+    reset_process()
     found = json.loads((taught / "evaluation" / "dev.json").read_text())
     assert found["wer"] == min(column(taught, "val/wer")[1:])
     # The file is compared with the run on its dev split before it appears.

@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from tests.conftest import TINY
+from tests.conftest import TINY, reset_process
 from tests.publishing import publish
 from trainer.data.synthetic import SyntheticSpec, write_corpus
 from trainer.errors import InputError
@@ -22,17 +21,11 @@ from trainer.train import main as train
 SHORT = [*TINY, "--max_steps", "1", "--num_workers", "0"]
 
 
-def _reset() -> None:
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
-    GradientState._reset_state()
-
-
 @pytest.fixture(autouse=True)
 def _fresh_process_state() -> Iterator[None]:
     """Undo what a run does to its process."""
     yield
-    _reset()
+    reset_process()
 
 
 def make_corpus(folder: Path, seed: int, dim: int = 32, vocabulary: int = 8) -> Path:
@@ -48,9 +41,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("taught")
     make_corpus(folder / "corpus", 3)
     assert train(["--data_dir", str(folder / "corpus"), "--output_dir", str(folder / "teacher"), *SHORT]) == 0
-    _reset()
+    reset_process()
     assert extract(["--checkpoint", str(folder / "teacher"), "--output", str(folder / "targets")]) == 0
-    _reset()
+    reset_process()
     return folder
 
 
@@ -191,7 +184,7 @@ def test_a_copied_checkpoint_goes_on_only_with_a_teacher_whose_features_have_the
     for name in ("small", "equal"):
         run = tmp_path / f"taught_{name}"
         assert train([*common, "--teacher", str(tmp_path / name), "--output_dir", str(run)]) == 0
-        _reset()
+        reset_process()
         shutil.copytree(run / "checkpoints" / "step-000000001", tmp_path / "copied" / name)
     projection = "head.auxiliary.projection.weight"
     for began, now, shapes in (
@@ -202,7 +195,7 @@ def test_a_copied_checkpoint_goes_on_only_with_a_teacher_whose_features_have_the
         copied = tmp_path / "copied" / began
         going_on = [*flags, "--resume", str(copied), "--teacher", str(tmp_path / now)]
         said = refusal(folder, tmp_path / "run", *going_on)
-        _reset()
+        reset_process()
         assert f"{copied}: " in said
         assert f"{projection} is {shapes} this teacher" in said
         assert "--teacher of the one it began with, or start a new --output_dir with --init_from" in said
@@ -211,7 +204,7 @@ def test_a_copied_checkpoint_goes_on_only_with_a_teacher_whose_features_have_the
     ends = ["--output_dir", str(tmp_path / "on")]
     copied = tmp_path / "copied" / "small"
     assert train([*common, *ends, "--resume", str(copied), "--teacher", str(tmp_path / "small")]) == 0
-    _reset()
+    reset_process()
     ends = ["--output_dir", str(tmp_path / "anew")]
     assert train([*common, *ends, "--init_from", str(copied), "--teacher", str(tmp_path / "large")]) == 0
     assert f"{projection}, head.auxiliary.projection.bias: for training alone, started fresh" in capfd.readouterr().out
@@ -246,16 +239,16 @@ def test_an_extraction_that_cannot_be(folder: Path, tmp_path: Path, flags: list[
 def test_a_folder_with_the_soft_targets_of_another_teacher(folder: Path, tmp_path: Path) -> None:
     flags = ["--data_dir", str(folder / "corpus"), *SHORT, "--seed", "1"]
     assert train([*flags, "--output_dir", str(tmp_path / "other")]) == 0
-    _reset()
+    reset_process()
     before = (folder / "targets" / MANIFEST).read_bytes()
     with pytest.raises(InputError) as refused:
         extract(["--checkpoint", str(tmp_path / "other"), "--output", str(folder / "targets")])
     assert f"{folder / 'targets'}: holds soft targets of another teacher" in str(refused.value)
-    _reset()
+    reset_process()
     with pytest.raises(InputError) as refused:
         extract(["--checkpoint", str(folder / "teacher"), "--output", str(folder / "targets"), "--top_k", "2"])
     assert "top_k 0 instead of 2" in str(refused.value)
-    _reset()
+    reset_process()
     with pytest.raises(InputError) as refused:
         extract(["--checkpoint", str(folder / "teacher"), "--output", str(folder / "teacher")])
     assert "holds something else than soft targets" in str(refused.value)

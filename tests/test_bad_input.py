@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from tests.conftest import TINY, launch, train
+from tests.conftest import TINY, launch, reset_process, train
 from trainer.errors import InputError
 from trainer.evaluate import main as evaluate_main
 from trainer.train import main
@@ -38,9 +37,7 @@ def _fresh_process_state() -> Iterator[None]:
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
-    GradientState._reset_state()
+    reset_process()
 
 
 def refusal(corpus: Path, run: Path, *flags: str) -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState, GradientState, PartialState
 
+from tests.conftest import reset_process
 from tests.publishing import publish
 from tests.videos import annotate, make_frames, write_frames
 from trainer.errors import InputError
@@ -21,9 +21,7 @@ MODEL = ["--model", "mobilenet_v3_small", "--width", "0.05", "--rnn_size", "8"]
 def _fresh_process_state() -> Iterator[None]:
     """Undo what a run does to its process."""
     yield
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
-    GradientState._reset_state()
+    reset_process()
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from launch.cli import run
+from tests.conftest import reset_process
 from tests.publishing import publish
 from trainer.errors import InputError
 from trainer.evaluate import main as evaluate
@@ -37,9 +37,7 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
     # What an evaluation does to its process is undone.
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
-    GradientState._reset_state()
+    reset_process()
 
 
 @pytest.fixture

@@ -13,10 +13,9 @@ from typing import Any, cast
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 
 import trainer.memory.choice as choosing
-from tests.conftest import TINY
+from tests.conftest import TINY, reset_process
 from tests.publishing import publish
 from trainer.checkpoint.content import RunState
 from trainer.checkpoint.store import CheckpointStore
@@ -42,17 +41,11 @@ def begin(run: Path, attempt: str) -> Job:
     return Job(directory, attempt=attempt, token="t", end_time=None)
 
 
-def _reset() -> None:
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
-    GradientState._reset_state()
-
-
 @pytest.fixture
 def fresh_process() -> Iterator[None]:
     """Undo what a run does to its process."""
     yield
-    _reset()
+    reset_process()
 
 
 @pytest.fixture
@@ -110,11 +103,11 @@ def test_no_file_of_a_run_is_renamed_without_asking(
     ]
     flags += ["--max_steps", "4", "--evaluate_every", "2", "--teacher", str(teacher), "--warmup_epochs", "0"]
     assert train([*flags, "--stop_after_steps", "2"]) == 0
-    _reset()
+    reset_process()
     assert renamed >= {"recipe.yaml", "environment.json", RECORD, MEMORY, "checkpoints/last.json"}
     renamed.clear()
     assert train([*flags, "--resume", "auto"]) == 0
-    _reset()
+    reset_process()
     assert renamed >= {"environment.json", RECORD, "metrics.jsonl", "checkpoints/step-000000004"}
     renamed.clear()
     assert evaluate(["--checkpoint", str(run), "--split", "dev", "--num_workers", "0"]) == 0

@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor
 
 import trainer.distillation as distilling
-from launch.synth import main as synth_command
-from tests.conftest import TINY
+from tests.conftest import TINY, reset_process
 from tests.publishing import publish
+from tests.videos import synthesize
 from trainer.assembly import build_run
 from trainer.checkpoint.content import read_checkpoint
 from trainer.checkpoint.store import find_checkpoint
@@ -50,18 +49,13 @@ MODELS = {
 def _fresh_process_state() -> Iterator[None]:
     """Undo what a run does to its process."""
     yield
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
-    GradientState._reset_state()
+    reset_process()
 
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Frames of 32x32 pixels."""
-    out = tmp_path_factory.mktemp("videos") / "corpus"
-    flags = ["--clips", "8", "--vocabulary", "4", "--frame_size", "32", "--seed", "5"]
-    assert synth_command(["--layout", "phoenix2014", "--out", str(out), *flags]) == 0
-    return out
+    return synthesize(tmp_path_factory.mktemp("videos") / "corpus", clips=8)
 
 
 def sharpen(weights: dict[str, Tensor]) -> None:

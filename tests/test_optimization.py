@@ -237,6 +237,6 @@ def test_training_does_not_load_a_compiler_that_it_does_not_use(corpus: Path, tm
     )
     loaded = done.stdout.splitlines()[-1].split()
     assert "torch.optim" in loaded
-    # A thousand modules, with those they import, and a good part of a start (benchmarks/start.py).
+    # With all that they import, a good part of a start (benchmarks/start.py).
     assert "torch._dynamo" not in loaded
     assert "sympy" not in loaded

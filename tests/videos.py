@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from launch.synth import main as synth_command
 from trainer.data.table import Split
 from trainer.data.video.table import read_video_split
 
@@ -62,3 +63,10 @@ def open_split(data_dir: Path, split: str = "train", *, size: int = SIZE, crop: 
     return read_video_split(
         data_dir, str(data_dir), split, frame_size=size, crop_size=crop, allow_missing=False, log=lambda text: None
     )
+
+
+def synthesize(out: Path, *, clips: int) -> Path:
+    """Write a synthetic corpus in PHOENIX-2014's layout, frames of 32x32 pixels."""
+    flags = ["--clips", str(clips), "--vocabulary", "4", "--frame_size", str(SIZE), "--seed", "5"]
+    assert synth_command(["--layout", "phoenix2014", "--out", str(out), *flags]) == 0
+    return out

@@ -17,6 +17,7 @@ from trainer.data.normalization import Normalization
 from trainer.data.prepare import TrainingCorpus, prepare_corpus
 from trainer.data.table import Split
 from trainer.data.vocabulary import BLANK
+from trainer.distillation_checks import check_auxiliary
 from trainer.distillation_sources import adopt_normalization, make_distillation, open_source
 from trainer.engine import Engine
 from trainer.errors import InputError, name_some
@@ -74,7 +75,7 @@ def build_run(
     StepLoss(objective=recipe.objective, distillation=distillation).equip(model)
     if start is not None:
         if resumed is not None:
-            _check_auxiliary(model, resumed, where=str(path))
+            check_auxiliary(model, resumed.model, where=str(path))
         _load_start(model, start, corpus, progress, where=str(path))
     elif said := load_published(model, recipe, engine):
         progress.say(said)
@@ -282,29 +283,6 @@ def _check_corpus(
     batch = recipe.global_batch_size(engine.world_size)
     if engine.world_size > batch:
         progress.say(f"warning: a global batch of {batch} clips leaves {engine.world_size - batch} ranks idle")
-
-
-def _check_auxiliary(model: Recognizer, resumed: Checkpoint, *, where: str) -> None:
-    """Refuse to go on where what training alone adds to the model has another shape, or is not there.
-
-    The recipe is the checkpoint's, so that only another teacher can be behind it: its features are of another size. A
-    copied checkpoint has no record of its teacher beside it, which would tell it otherwise.
-    """
-    own, stored = (
-        {name: list(weight.shape) for name, weight in weights.items() if name.startswith(AUXILIARY)}
-        for weights in (model.state_dict(), resumed.model)
-    )
-    differing = [
-        f"{name} is {stored.get(name, 'absent')} there and {own.get(name, 'absent')} with this teacher"
-        for name in sorted(own | stored)
-        if own.get(name) != stored.get(name)
-    ]
-    if differing:
-        raise InputError(
-            f"{where}: {'; '.join(differing)}; the run learns from a teacher whose features are of another size: go on "
-            "with --teacher of the one it began with, or start a new --output_dir with --init_from in place of "
-            "--resume, which keeps the other weights"
-        )
 
 
 def _load_start(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
+from torch import Tensor
 
 from trainer.data.normalization import Normalization
 from trainer.data.vocabulary import Vocabulary
 from trainer.distillation import Source
 from trainer.errors import InputError, name_some
+from trainer.models.auxiliary import AUXILIARY
+from trainer.models.recognizer import Recognizer
 from trainer.recipe import VIDEO_MODELS, Recipe
 
 
@@ -57,4 +62,27 @@ def check_strides(source: Source, stride: int) -> None:
         raise InputError(
             f"total_stride: the student has {stride}, the teacher {source.total_stride}; one must be a multiple of the "
             "other, so that their frames can be laid over each other"
+        )
+
+
+def check_auxiliary(model: Recognizer, stored_weights: Mapping[str, Tensor], *, where: str) -> None:
+    """Refuse to go on where what training alone adds to the model has another shape, or is not there.
+
+    The recipe is the checkpoint's, so that only another teacher can be behind it: its features are of another size. A
+    copied checkpoint has no record of its teacher beside it, which would tell it otherwise.
+    """
+    own, stored = (
+        {name: list(weight.shape) for name, weight in weights.items() if name.startswith(AUXILIARY)}
+        for weights in (model.state_dict(), stored_weights)
+    )
+    differing = [
+        f"{name} is {stored.get(name, 'absent')} there and {own.get(name, 'absent')} with this teacher"
+        for name in sorted(own | stored)
+        if own.get(name) != stored.get(name)
+    ]
+    if differing:
+        raise InputError(
+            f"{where}: {'; '.join(differing)}; the run learns from a teacher whose features are of another size: go on "
+            "with --teacher of the one it began with, or start a new --output_dir with --init_from in place of "
+            "--resume, which keeps the other weights"
         )

@@ -148,13 +148,6 @@ def check_is_run(run: Path) -> None:
 
 def _report(evidence: Evidence, queue: Queue) -> RunReport:
     tasks = [_report_one(task, queue, number) for number, task in enumerate(read_tasks(evidence, queue))]
-    if any(task.is_active for task in tasks):
-        # What starts one of them again starts all that are not done, and is refused while any is at work.
-        again = command_again(evidence.plan or {}, evidence.directory) or "nothing"
-        tasks = [
-            dataclasses.replace(task, next=tuple(line for line in task.next if not line.startswith(again)))
-            for task in tasks
-        ]
     if not tasks:
         return _report_one(evidence, queue, None)
     states: dict[str, int] = {}
@@ -166,7 +159,7 @@ def _report(evidence: Evidence, queue: Queue) -> RunReport:
         whole,
         state=_sum_up([task.state for task in tasks]),
         why=f"{len(tasks)} tasks: {counted}",
-        tasks=tuple(tasks),
+        tasks=tuple(_without_restart(tasks, evidence)),
         progress=None,
         outlook=None,
         job=None,
@@ -187,6 +180,16 @@ def _next_of_array(whole: Sequence[str], tasks: Sequence[RunReport], evidence: E
     if again is None or all(task.state == "DONE" for task in tasks):
         return table
     return (f"{again}  # start those that are not done, each where it was", *table)
+
+
+def _without_restart(tasks: Sequence[RunReport], evidence: Evidence) -> Sequence[RunReport]:
+    """Name no command that starts one again while any is at work: it starts all that are not done, and is refused."""
+    again = command_again(evidence.plan or {}, evidence.directory)
+    if again is None or not any(task.is_active for task in tasks):
+        return tasks
+    return [
+        dataclasses.replace(task, next=tuple(one for one in task.next if not one.startswith(again))) for task in tasks
+    ]
 
 
 def _is_sweep(evidence: Evidence) -> bool:

@@ -123,8 +123,11 @@ class LimitWatch:
         while not self._over.wait(self._pause()):
             try:
                 found = _ask_end_time(self._job_id, patience=0.0)
-            except (ControlError, SilentError):
+            except SilentError:
                 continue
+            except ControlError as error:
+                say(f"a time limit that is moved from now on will not be seen: {error}")
+                return
             if not self._over.is_set() and self._is_another(found):
                 self._end_time = found
                 self._moved(found)

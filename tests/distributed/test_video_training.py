@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from launch.synth import main as synth_command
 from tests.conftest import column, launch
+from tests.videos import synthesize
 
 STEPS = 5
 TINY = [
@@ -25,10 +25,7 @@ TINY = [
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus in PHOENIX-2014's layout, frames of 32x32 pixels."""
-    out = tmp_path_factory.mktemp("videos") / "corpus"
-    flags = ["--clips", "10", "--vocabulary", "4", "--frame_size", "32", "--seed", "5"]
-    assert synth_command(["--layout", "phoenix2014", "--out", str(out), *flags]) == 0
-    return out
+    return synthesize(tmp_path_factory.mktemp("videos") / "corpus", clips=10)
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from tests.conftest import TINY
+from tests.conftest import TINY, reset_process
 from tests.job.test_rank import hold
 from tests.publishing import publish
 from trainer import extract as extraction
@@ -36,20 +35,14 @@ def _fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Undo what a run does to its process."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     yield
-    _reset()
+    reset_process()
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
-def _reset() -> None:
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
-    GradientState._reset_state()
-
-
 def begin(monkeypatch: pytest.MonkeyPatch, run: Path, attempt: str, **more: str) -> JobDirectory:
     """Make this process a rank of an attempt at a run."""
-    _reset()
+    reset_process()
     directory = JobDirectory.of(run)
     directory.begin(AttemptRecord(attempt=attempt, began=time.time()))
     for name, value in {JOB: str(directory.folder), ATTEMPT: attempt, TOKEN: "t", **more}.items():
@@ -59,7 +52,7 @@ def begin(monkeypatch: pytest.MonkeyPatch, run: Path, attempt: str, **more: str)
 
 def end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Be a plain process again."""
-    _reset()
+    reset_process()
     for name in (JOB, ATTEMPT, TOKEN, END_TIME):
         monkeypatch.delenv(name, raising=False)
 
@@ -122,17 +115,17 @@ def test_a_plain_command_is_refused_while_a_job_or_another_command_works_on_the_
         train(flags)
     assert [path.name for path in run.iterdir()] == ["job"]
     job.end("7.0", step=None, word=None, reason="ended by a test")
-    _reset()
+    reset_process()
     train([*flags, "--stop_after_steps", "1"])
     holder = hold(run)
     try:
-        _reset()
+        reset_process()
         with pytest.raises(InputError, match=rf"process {holder.pid} on .* works on this run"):
             train([*flags, "--resume", "auto"])
     finally:
         holder.kill()
         holder.wait()
-    _reset()
+    reset_process()
     assert say(train([*flags, "--resume", "auto", "--stop_after_steps", "1"])) == (0, "RESUME", 2)
 
 
