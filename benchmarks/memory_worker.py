@@ -105,4 +105,7 @@ def measure(recipe: Recipe, engine: Engine, corpus: TrainingCorpus, steps: int) 
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    status = main()
+    # All is written and closed: a library's thread that still runs must not abort what has ended well.
+    sys.stdout.flush()
+    os._exit(status)
